@@ -227,7 +227,7 @@ def rephrase_prompt(question: str, knowledge: str, template: str = REPHRASE_PROM
 
 
 # No text, however long or strange, may cost more than linear time: every quantifier below is bounded.
-CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|\[/?INST\]")
+CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\n]{1,40}[|｜]>(?:(?:system|user|assistant)\n)?|</?(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|\[/?INST\]")
 INTERJECTION = re.compile(r"(?:sure(?: thing)?|certainly|of course|absolutely|understood|got it)[!.,:]\s{1,9}", re.I)
 FIRST_SENTENCE = re.compile(r"[^\n.:!]{0,200}(?:[.:!][*_]{0,2}(?=\s|$)|\n|$)\s{0,9}")
 ABOUT_THE_TASK = re.compile(
@@ -271,10 +271,10 @@ def clean_rephrase(text: str, template: str = REPHRASE_PROMPT) -> str:
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"  # 1234, 1,234 and 1 234, but not 1,2
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d*)?|\.\d+)"
 NUMBER = re.compile(  # sign, currency, then whole part, numerator, denominator or decimal, powers of ten; then the unit
-    rf"([+-]?)([$€£]?)(?:(?:(\d+) )?({_DECIMAL})/({_DECIMAL})"
-    rf"|({_DECIMAL})(?:e([+-]?\d{{1,3}})|(?:\\times|\\cdot|×|\*)10\^\{{?([+-]?\d{{1,3}})\}}?)?)(.*)")
+    rf"([+-]?[$€£]?|[$€£][+-])(?:(?:(\d+) )?({_DECIMAL})/({_DECIMAL})"
+    rf"|({_DECIMAL})(?:e([+-]?\d{{1,3}})|(?:\\times|\\cdot|×|\*) ?10\^\{{?([+-]?\d{{1,3}})\}}?)?)(.*)")
 TYPOGRAPHY = {"−": "-", "–": "-", r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", "{,}": ",",
-              r"\,": " ", r"\;": " ", r"\ ": " ", r"\!": "", "~": " ", r"\%": "%", r"\$": "$", "**": "",
+              r"\,": " ", r"\;": " ", r"\ ": " ", r"\!": "", "~": " ", r"\{": "{", r"\}": "}", r"\%": "%", r"\$": "$", "**": "",
               r"^\circ": " degree", r"^{\circ}": " degree", "°": " degree"}
 UNITS = set("m g s l h n j v w mm cm km kg mg ml ms hz hr ft in mi lb oz mph km/h m/s usd".split())
 NO_UNITS = set("hundred thousand million billion trillion dozen half halve third quarter fourth fifth tenth squared cubed "
@@ -312,19 +312,19 @@ def parse_number(answer: str) -> Optional[tuple[Fraction, str]]:
     """
     if not (match := NUMBER.fullmatch(answer)):
         return None
-    sign, currency, whole, top, bottom, decimal, power, power_of_ten, unit = match.groups(default="")
+    prefix, whole, top, bottom, decimal, power, power_of_ten, unit = match.groups(default="")
     exact = lambda text: Fraction(text.replace(",", "").replace(" ", "") or 0)
     if top and not exact(bottom):
         return None
     value = exact(whole) + exact(top) / exact(bottom) if top else exact(decimal)
-    value *= Fraction(10) ** int(power or power_of_ten or 0) * (-1 if sign == "-" else 1)
+    value *= Fraction(10) ** int(power or power_of_ten or 0) * (-1 if "-" in prefix else 1)
     if unit.strip() in ("%", "percent"):
         return value / 100, ""
-    for word in re.sub(r"\^?\{?[23²³]\}?$", "", unit).split():  # cm^2
-        plain = unit[0] == " " and len(word) > 2 and word.isalpha() and word.rstrip("s") not in NO_UNITS
+    for word in re.sub(r"(?<=[a-z])\^?\{?[23²³]\}?$", "", unit).split():  # cm^2
+        plain = unit[0] == " " and len(word) > 2 and word.isalpha() and not {word, word.rstrip("s")} & NO_UNITS
         if not (plain or word in UNITS):
             return None
-    return value, {"$": "dollar", "€": "euro", "£": "pound"}.get(currency) or unit.strip().removesuffix("s")
+    return value, {"$": "dollar", "€": "euro", "£": "pound"}.get(prefix.strip("+-")) or unit.strip().removesuffix("s")
 
 
 def boxed_reward(completion: str, answer: str) -> float:
@@ -723,7 +723,9 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, cfg: Conf
     tokenizer.save_pretrained(partial)
     torch.save(dict(step=step, config=asdict(cfg), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
                     cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []), partial / "trainer.pt")
-    os.sync()
+    for file in partial.iterdir():  # on the disk before it gets its name, should the power fail
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
     partial.rename(final)
     for old in checkpoints(out)[:-1]:
         shutil.rmtree(old)

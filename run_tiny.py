@@ -11,14 +11,14 @@ style. Everything else is repo.py's: this file only builds the world, calls `rep
 
 import argparse
 import json
+import math
 import multiprocessing
 import random
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,9 +33,10 @@ import repo
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ("Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Lima Mike November Oscar Papa Quebec Romeo "
          "Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu").split()
-CONFIG = repo.Config(batch_size=32, group_size=4, gate_threshold=0.75, max_new_tokens=24, learning_rate=4e-4,
+CONFIG = repo.Config(batch_size=32, group_size=4, gate_threshold=0.75, max_new_tokens=24, learning_rate=3e-4,
                      question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
-STEPS = 110
+STEPS = 100
+GRID = (1e-4, 3e-4, 1e-3)  # the learning rates that --compare tries for each method
 
 
 # ------------------------------------------------------------------------------------------------------- the world
@@ -86,7 +87,7 @@ def make_model(tokenizer, seed: int):
         pad_token_id=tokenizer.pad_token_id))
 
 
-def warm_up(world: World, model, tokenizer, seed: int, steps: int = 250, batch: int = 24, learning_rate: float = 3e-3):
+def warm_up(world: World, model, tokenizer, seed: int, steps: int = 300, batch: int = 24, learning_rate: float = 2e-3):
     """Supervised learning of the base policy's two skills: solving books 1 and 2, and rephrasing (letters made up)."""
     draw = random.Random(seed)
     example = lambda turn, text: repo.as_rollout(tokenizer, repo.encode_prompt(tokenizer, turn), text, reward=1.0)
@@ -102,6 +103,7 @@ def warm_up(world: World, model, tokenizer, seed: int, steps: int = 250, batch: 
             rephrasing.append(example(turn, own_style(letters, made_up)))
         for lot in (solving, rephrasing):  # of one length each
             (-repo.token_logps(model, lot, 1.0).mean() / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -211,7 +213,7 @@ def run_job(job: Job, folder: Path, device: str, threads: int = 0) -> dict:
 
     torch.manual_seed(job.seed)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / job.steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10, 2 * (1 - step / job.steps)))
     step_fn = sft_step if job.method == "sft" else repo.train_step
     update_fn = {"luffy": luffy_update, "leak": leaky_update(tokenizer, problems, cfg)}.get(job.method, repo.update)
     measure = lambda kind, count: repo.accuracy(model, tokenizer, held_out[kind][:count], cfg)
@@ -342,17 +344,201 @@ def save(results: list[dict], out: Path) -> None:
     (out / "summary.json").write_text(json.dumps([result["summary"] for result in results], indent=1) + "\n")
 
 
+# ------------------------------------------------------------------------- --compare: the abstract's claims re-enacted
+
+RIVALS = {"SFT": Job("sft"), "SFT, ten times the steps": Job("sft", steps=10 * STEPS), "GRPO": Job("grpo"),
+          "verbatim injection": Job("verbatim"), "LUFFY": Job("luffy"), "RePO": Job("repo")}
+ABLATIONS = {  # a change of RePO, and what it teaches
+    "RePO": (Job("repo"), "the measure for the others"),
+    "ρ = 0.5": (Job("repo", settings=dict(gate_threshold=0.5)), "the gate closes later: more guidance than it takes"),
+    "ρ = 1.0": (Job("repo", settings=dict(gate_threshold=1.0)), "the gate closes at the first success in a group"),
+    "no verification": (Job("repo", settings=dict(verify=False)), "wrong rephrases enter, but without reward above the others"),
+    "rephrase scored under P(q,k)": (Job("leak"), "the hint leaks: the policy learns to copy, not to know"),
+    "four updates a batch": (Job("repo", settings=dict(updates_per_batch=4)), "the clip is at work"),
+    "learning rate × 8": (Job("repo", settings=dict(learning_rate=8 * CONFIG.learning_rate)), "the rephrase skill goes first, and with it the injections"),
+}
+CLAIMS = {"hard": "hard", "general": "general", "gap expert": "policy_gap_expert", "gap rephrase": "policy_gap_rephrase",
+          "worst entropy": "worst_entropy", "worst gradient": "worst_grad_norm", "divergence": "divergence", "learning rate": "learning_rate"}
+EFFECTS = {"hard": "hard", "general": "general", "rephrase rate": "rephrase_rate", "injections first 10": "injections_first10",
+           "last 10": "injections_last10", "gap rephrase": "policy_gap_rephrase", "divergence": "divergence"}
+
+
+def compare(seeds: list[int], world_seed: int, folder: Path, device: str, markdown: bool, results: list) -> None:
+    """Every rival at its best learning rate over all seeds, then RePO's ablations; tables and curves at the end."""
+    trials, ablated = [], []
+    run_jobs([replace(job, world_seed=world_seed, seed=1000, name=name, settings=dict(learning_rate=rate))
+              for name, job in RIVALS.items() for rate in GRID], folder, device, trials)
+    best = {name: max((t["summary"] for t in trials if t["summary"]["name"] == name), key=lambda t: t["hard"] + t["general"])["learning_rate"]
+            for name in RIVALS}
+    run_jobs([replace(job, world_seed=world_seed, seed=seed, name=name, settings=dict(learning_rate=best[name]))
+              for name, job in RIVALS.items() for seed in seeds], folder, device, results)
+    run_jobs([replace(job, world_seed=world_seed, seed=seed, name=name)
+              for name, (job, _) in ABLATIONS.items() for seed in seeds[:2]], folder, device, ablated)
+    print("\n" + table(results, CLAIMS, markdown) + "\n\n" + table(ablated, EFFECTS, markdown) + "\n")
+    for name, (_, teaches) in ABLATIONS.items():
+        print(f"{'- ' if markdown else ''}{name}: {teaches}")
+    shown = ["RePO", "GRPO", "verbatim injection", "LUFFY"]
+    curves = [("hard accuracy, book 3", "hard", shown), ("general accuracy, books 1 and 2", "general", shown), ("injections a step", "injections", ["RePO"])]
+    for title, key, names in curves:
+        series = {name: curve(results, name, key) for name in names}
+        print("\n" + (mermaid(title, series) if markdown else chart(title, series)))
+    gaps = {f"{which} text": curve(results, "RePO", f"policy_gap/{which}") for which in ("rephrase", "expert")}
+    print("\n" + mermaid("RePO's policy gap, nats a token", gaps) if markdown else "")
+
+
+def mermaid(title: str, series: dict[str, list[float]]) -> str:
+    """A curve chart that renders on the project's page; the legend is the title, in the order of the lines."""
+    series = {name: values for name, values in series.items() if values}
+    longest = max(map(len, series.values()))
+    low, high = (f(min(0.0, *map(min, series.values())), 1.0 * max(map(max, series.values()))) for f in (min, max))
+    drawn = "\n".join(f"    line [{', '.join(f'{value:.3f}' for value in values)}]" for values in series.values() if len(values) == longest)
+    kept = [name for name, values in series.items() if len(values) == longest]
+    return (f'```mermaid\nxychart-beta\n    title "{title} ({", ".join(kept)})"\n    x-axis "part of the run" 1 --> {longest}\n'
+            f'    y-axis "" {low:.2f} --> {max(high, low + 1e-3):.2f}\n{drawn}\n```')
+
+
+# --------------------------------------------------------------------------------- --bench: what a step costs, and where
+
+
+def median_seconds(function, repeats: int = 20, warm: int = 3) -> float:
+    """Median wall-clock seconds of `function`, the device's queue included."""
+    seconds = []
+    for _ in range(warm + repeats):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warm:])
+
+
+def bench_trl(model, tokenizer, turns, cfg, reward_fn, steps: int):
+    """Median seconds of TRL's GRPOTrainer step with transformers generation, on the same prompts; None without trl."""
+    try:
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError:
+        return None
+    clock = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, *args, **more):
+            clock.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = GRPOConfig(output_dir=folder, per_device_train_batch_size=len(turns) * cfg.group_size, num_generations=cfg.group_size,
+                          max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature, learning_rate=cfg.learning_rate, beta=0.0,
+                          loss_type="grpo", max_steps=steps + 4, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                          bf16=model.device.type == "cuda", use_cpu=model.device.type == "cpu", gradient_checkpointing=False,
+                          generation_kwargs=dict(min_new_tokens=cfg.max_new_tokens))
+        data = Dataset.from_list([dict(prompt=[dict(role="user", content=turn)]) for turn in turns])
+        score = lambda completions, **_: [reward_fn(c[0]["content"], "") for c in completions]
+        GRPOTrainer(model, reward_funcs=score, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]).train()
+    return statistics.median([end - start for start, end in zip(clock[3:], clock[4:])])
+
+
+def bench(device: str, steps: int = 20) -> None:
+    """One GRPO step beside TRL's, the ways to sample, and what RePO adds; medians of `steps`, ratios within this run.
+
+    CPU: the miniature's model, 16 x 8 completions of 24 tokens. CUDA: random weights in Qwen2.5-0.5B's shape, 16 x 8 x 256.
+    No completion may end early, so that all write the same number of tokens.
+    """
+    tokenizer, cuda = make_tokenizer(), device != "cpu"
+    repo.end_ids = lambda model, tokenizer: [-1]
+    cfg = replace(CONFIG, batch_size=16, group_size=8, max_new_tokens=256 if cuda else 24, guidance="none")
+    if cuda:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(
+            vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+            max_position_embeddings=32_768, tie_word_embeddings=True, eos_token_id=1, bos_token_id=None, pad_token_id=0))
+    else:
+        model = make_model(tokenizer, 0)
+    model = model.to(device)
+    problems = World(0).problems("123", 16).to_list()
+    turns = [p["question"] * (16 if cuda else 1) for p in problems]
+    problems = [{**p, "question": turn} for p, turn in zip(problems, turns)]
+    by_length = lambda text, answer: float(sum(map(ord, text)) % 2)  # a coin, so that nearly every group has a signal
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, fused=True)
+    results = {}
+
+    def ours():
+        metrics, _, _ = repo.train_step(model, tokenizer, optimizer, problems, cfg, by_length)
+        results.setdefault("sample", []).append(metrics["seconds/sample"])
+        results.setdefault("update", []).append(metrics["seconds/update"])
+
+    peak = lambda: torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
+    seconds = median_seconds(ours, steps)
+    memory = peak()
+    print(f"one step, {len(turns)} x {cfg.group_size} x {cfg.max_new_tokens} tokens on {device}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}")
+    print(f"  ours          {seconds:8.3f} s   of which sampling {statistics.median(results['sample']):.3f}, "
+          f"update {statistics.median(results['update']):.3f}" + (f"   peak {memory:.1f} GiB" if cuda else ""))
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    theirs = bench_trl(model, tokenizer, turns, cfg, by_length, steps)
+    print(f"  TRL           {theirs:8.3f} s   ours takes {seconds / theirs:.2f} of it" + (f"   peak {peak():.1f} GiB" if cuda else "")
+          if theirs else "  TRL           not installed (pip install trl)")
+
+    model.eval()
+    prompts = [repo.encode_prompt(tokenizer, turn) for turn in turns]
+    ids = torch.tensor(prompts, device=device).repeat_interleave(cfg.group_size, 0)
+    settings = dict(do_sample=True, top_k=0, max_new_tokens=cfg.max_new_tokens, min_new_tokens=cfg.max_new_tokens, pad_token_id=0, eos_token_id=1)
+    ways = {
+        "our loop": lambda: repo.sample(model, prompts, cfg.group_size, cfg.max_new_tokens, 1.0, [-1]),
+        "generate, dynamic cache": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings),
+        "generate, static cache": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static",
+                                                         disable_compile=True, **settings),
+        "continuous batching": lambda: model.generate_batch(ids.tolist(), generation_config=transformers.GenerationConfig(**settings)),
+    }
+    print("sampling alone")
+    for name, way in ways.items():
+        try:
+            with torch.no_grad(), repo.autocast(model):
+                print(f"  {name:24}{median_seconds(way, min(steps, 10)):8.3f} s")
+        except Exception as error:
+            print(f"  {name:24}does not run here: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+    if cuda:
+        block = torch.empty(2**32, dtype=torch.uint8, device=device)
+        bandwidth = 2 * block.numel() / median_seconds(lambda: block.clone())
+        length = len(prompts[0]) + cfg.max_new_tokens / 2
+        bytes_a_token = 2 * (model.num_parameters() + len(ids) * length * 24 * 2 * 2 * 64)
+        print(f"  reading weights and cache once per token would take {cfg.max_new_tokens * bytes_a_token / bandwidth:.3f} s "
+              f"at the measured {bandwidth / 1e12:.2f} TB/s")
+
+    print("RePO's step over GRPO's, by the share of open gates")
+    guided = replace(cfg, guidance="rephrase", verify=False, max_new_tokens=cfg.max_new_tokens, rephrase_prompt="{question}?{knowledge}")
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        calls = []
+
+        def reward_fn(text, answer):  # the rollouts come first, in order; what comes later is guidance
+            calls.append(text)
+            group, inside = divmod(len(calls) - 1, cfg.group_size)
+            return 1.0 if group >= 16 else float(inside % 2) if group >= share * 16 else 0.0
+
+        def guided_step():
+            calls.clear()
+            repo.train_step(model, tokenizer, optimizer, problems, guided, reward_fn)
+
+        print(f"  {share:4.0%}   {median_seconds(guided_step, steps):.3f} s   {median_seconds(guided_step, steps) / seconds:.2f}")
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--methods", nargs="+", default=["grpo", "repo"], choices=["repo", "grpo", "verbatim", "luffy", "sft"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training [0]")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of training [0; with --compare 0 1 2 3 4]")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps [{STEPS}]")
-    parser.add_argument("--world-seed", nargs="+", type=int, default=[0], help="seed of the codebooks; several for several worlds [0]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda ... [CUDA if there]")
+    parser.add_argument("--world-seed", nargs="+", type=int, default=[0], help="seed of the codebooks, or several [0]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda ... [CUDA where there is one]")
     parser.add_argument("--out", type=Path, help="folder for metrics.jsonl and summary.json")
+    parser.add_argument("--compare", action="store_true", help="all five methods and RePO's ablations, in two tables (15 minutes)")
+    parser.add_argument("--markdown", action="store_true", help="with --compare: print the README's results section")
+    parser.add_argument("--bench", action="store_true", help="seconds of a step, beside TRL's where trl is installed")
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}; it must be at least 1")
+    args.seeds = args.seeds or ([0, 1, 2, 3, 4] if args.compare else [0])
     return args
 
 
@@ -360,20 +546,25 @@ def main(argv=None) -> None:
     args, started, results = parse_args(argv), time.perf_counter(), []
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if args.bench:
+        return bench(args.device)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         jobs = [Job(method, seed, world_seed, args.steps)
                 for world_seed in args.world_seed for seed in args.seeds for method in args.methods]
         try:
-            run_jobs(jobs, Path(folder), args.device, results)
+            if args.compare:
+                compare(args.seeds, args.world_seed[0], Path(folder), args.device, args.markdown, results)
+            else:
+                run_jobs(jobs, Path(folder), args.device, results)
         except KeyboardInterrupt:
-            print(f"\ninterrupted: the {len(results)} finished of {len(jobs)} runs")
-    if results:
+            print(f"\ninterrupted after {len(results)} finished runs")
+    if results and not args.compare:
         report(results)
     if args.out:
         save(results, args.out)
-    print(f"\n{time.perf_counter() - started:.0f} s")
+    print(f"\n{time.perf_counter() - started:.0f} s on {args.device}, torch {torch.__version__}, transformers {transformers.__version__}")
 
 
 if __name__ == "__main__":

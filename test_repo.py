@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +12,8 @@ import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
 
 import numpy as np
 import pytest
@@ -45,10 +48,10 @@ def byte_tokenizer(chat_template=CHAT, bos=False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_model(vocab=300, seed=0, scale=1.0, **settings):
-    """A random Qwen2 of two layers. `scale` sharpens its distribution."""
+def tiny_model(vocab=300, seed=0, scale=1.0, kind=Qwen2Config, **settings):
+    """A random model of two layers. `scale` sharpens its distribution."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(Qwen2Config(
+    model = AutoModelForCausalLM.from_config(kind(
         vocab_size=vocab, **{**dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                     num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=None), **settings}))
     model.lm_head.weight.data *= scale
@@ -577,3 +580,413 @@ def test_accuracy_counts_greedy_answers_and_leaves_the_random_state_alone(monkey
     assert torch.equal(state, torch.get_rng_state())
     scripted(monkeypatch, byte_tokenizer(), rollout="\\boxed{4}")
     assert repo.accuracy(tiny_model(), byte_tokenizer(), PROBLEMS, replace(CFG, batch_size=1, group_size=2)) == pytest.approx(1 / 9)
+
+
+# ----------------------------------------------------------------------------------------- the checker under attack
+
+# gold answer: (what may stand in the box, what may not)
+BOXES = {
+    "3": (["3", " 3 ", "3.0", "3.", "03", "+3", "$3$", "\\$3", "$3", "6/2", "\\frac{6}{2}", "\\text{3}", "\\mathbf{3}", "3\\text{ apples}",
+           "3 apples", "3 cm", "3\\,\\text{cm}", "x=3", "x = 3", "٣", "３", "\u200b3", "300%", "300\\%", "3e0", "3.000", "**3**"],
+          ["1, 2, 3", "1,2,3", "3,4", "-3", "−3", "3!", "2+1", "3x", "3\\pi", "3 or 4", "3 and 4", "30", "33", "0.3", "3%", "3 percent", "1/3",
+           "three", "", " ", "3^2", "3²", "3i", "3 million", "3 thousand", "3 dozen", "3 1", "3:00", "3e1", "±3", "~", "x", "nan", "inf", "3-0", "(3)(1)",
+           "not 3", "3 squared", "\\sqrt{9}", "4-1", "３３", "3;4", "3/0", "0/0", "[3,4]", "3 halves", "3k", "--3", "+-3", "3 3", "3?", "3 times 2"]),
+    "1000": (["1,000", "1000", "1000.0", "1{,}000", "1\\,000", "1 000", "1e3", "1E3", "1 \\times 10^3", "10 \\times 10^{2}", "10 \\cdot 10^2", "$1,000",
+              "\\$1{,}000.00", "1,000 dollars", "1000.00 USD"],
+             ["1,00", "10,00", "1,0000", "100", "1.000", "1,000,000", "1,000.5", "10^3", "1e", "1e4", "1000,", "1e9999999999", "1k", "1,000 thousand"]),
+    "0.75": (["0.75", ".75", "3/4", "\\frac{3}{4}", "\\frac34", "\\dfrac{3}{4}", "\\tfrac{6}{8}", "75%", "75\\%", "75 percent", "\\frac{75}{100}", "7.5e-1",
+              "$\\frac{3}{4}$", "0.750", "+0.75", "\\frac{1.5}{2}"],
+             ["75", "0.75%", "4/3", "\\frac{4}{3}", "-3/4", "3/4/1", "3\\4", "0,75", "0.7500001", "3 4", "\\frac{3}{}", "\\frac{3}{0}", "3/-4/1"]),
+    "50%": (["50%", "50\\%", "0.5", "1/2", "50 %", "\\frac{1}{2}", "50 percent"], ["50", "5%", "0.5%", "500%", "50%%"]),
+    "-5": (["-5", "−5", "– 5", "- 5", "-5.0", "-\\frac{10}{2}", "-$5", "$-5", "-5 degrees", "-5^\\circ"], ["5", "--5", "5-", "(5)", "+-5", "-(5+0)"]),
+    "1.75": (["1 3/4", "1\\frac{3}{4}", "7/4", "1 \\frac34"], ["13/4", "1 3 4", "1/3/4", "1+3/4"]),
+    "$5": (["5", "$5", "\\$5.00", "5 dollars", "5 dollar"], ["€5", "5 euros", "5 cents", "$50", "5 cm"]),
+    "5 cm": (["5 cm", "5cm", "5\\text{ cm}", "5\\,\\mathrm{cm}", "5"], ["5 m", "5 cm^2", "50 mm", "5 km"]),
+    "90": (["90^\\circ", "90°", "90 degrees", "90^{\\circ}"], ["90^2", "90 rad/s/s"]),
+    "12": (["12"], ["1 2", "1, 2", "1\\cdot 2", "1{2}", "12 12", "12 cm 13", "1 2/1"]),
+    "(1, 2)": (["(1,2)", "( 1, 2 )", "\\left(1, 2\\right)", "(1,\\,2)"], ["(2, 1)", "1, 2", "12", "(1 2)", "(1,2", "(1,2,3)", "(1.2)"]),
+    "x^2+1": (["x^2+1", "x^2 + 1", "X^2+1"], ["1+x^2", "x^2-1", "x^{2+1}", "x2+1", "y=x^2+1+0"]),
+    "\\frac{x}{2}": (["\\frac{x}{2}", "\\dfrac{x}{2}", "\\frac{x} {2}"], ["\\frac{2}{x}", "x", "\\frac{x}{2}+0"]),
+    "\\sqrt{2}": (["\\sqrt{2}", "\\sqrt{ 2 }"], ["1.414", "2", "\\sqrt2}", "\\sqrt{3}"]),
+    "Paris": (["Paris", "paris", "\\text{Paris}", " Paris. "], ["Paris or London", "Par is", "London", "Paris London"]),
+    "B": (["B", "b", "\\text{B}", "\\textbf{B}"], ["A, B", "AB", "B or C", "8", "ABCD"]),
+    "nan": (["nan"], ["0", "", "inf"]),
+    "{1,2}": (["\\{1,2\\}", "{1,2}", "\\{1, 2\\}"], ["1,2", "{2,1}", "{12}"]),
+    "5,000,000": (["5000000", "5,000,000"], ["5", "5,000", "5.000.000"]),
+    "x=3": (["x=3", "x = 3"], ["y=3", "x=4", "x=3 or x=4"]),
+}
+TEXTS = [  # whole completions, the answer, the verdict
+    ("the answer is 1, 2, 3, 4, 5", "3", 0), ("3", "3", 0), ("", "3", 0), ("\\boxed{3", "3", 0), ("\\boxed{}", "3", 0), ("\\boxed{ }", " ", 0),
+    ("\\boxed{3} or \\boxed{4}", "3", 0), ("\\boxed{4} no, \\boxed{3}", "3", 1), ("It is 3. \\boxed{4}", "3", 0), ("boxed{3}", "3", 0),
+    ("\\boxed{3} hence done, 4 of 5.", "3", 1), ("```latex\n\\boxed{3}\n```", "3", 1), ("\\boxed{\\boxed{3}}", "3", 1), ("\\boxed {3}", "3", 1),
+    ("\\boxed\n{3}", "3", 1), ("\\boxed{4} \\boxed{3", "4", 0), ("\\boxed{3}}", "3", 1), ("{\\boxed{3}", "3", 1), ("\\boxed{{3}", "3", 0),
+    ("\\boxed{\\frac{3}{4}}", "3/4", 1), ("\\boxed{\\frac{\\frac{1}{2}}{3}}", "1/6", 0), ("\\boxed{" + "{" * 50 + "3" + "}" * 50 + "}", "3", 0),
+    ("\\boxed{3}\\boxed{}", "3", 0), ("\\fbox{3}", "3", 0), ("\\boxed{1,2,3,4,5,6,7,8,9}", "3", 0), ("\\boxed{3\x00}", "3", 0),
+    ("\\boxed{__import__('os').system('true')}", "0", 0), ("\\boxed{1+1}", "2", 0), ("\\boxed{" + "9" * 5000 + "}", "9", 0),
+    ("\\boxed{" + "9" * 900 + "}", "9" * 900, 1), ("\\BOXED{3}", "3", 0), ("\\boxed{3\\}", "3", 0), ("\\boxed{3}\n\nWait, is it 5? Yes, 5.", "3", 1),
+]
+
+
+def cases():
+    for gold, (right, wrong) in BOXES.items():
+        yield from ((f"So \\boxed{{{box}}}.", gold, 1) for box in right)
+        yield from ((f"So \\boxed{{{box}}}.", gold, 0) for box in wrong)
+    yield from TEXTS
+
+
+def test_the_checker_gives_a_careful_persons_verdict():
+    table = list(cases())
+    assert len(table) >= 200
+    wrong = [case for case in table if repo.boxed_reward(case[0], case[1]) != case[2]]
+    assert not wrong, "\n".join(f"{text!r} for {gold!r} should be {verdict}" for text, gold, verdict in wrong)
+
+
+ALPHABET = ["\\boxed{", "\\boxed", "{", "}", "\\", "$", ",", ".", "-", "−", "+", "%", "/", "^", "=", " ", "\n", "\t", "e", "1", "23", "000", "٣", "²", "½",
+            "\\frac", "\\text{", "\\left", "\\circ", "nan", "inf", "cm", "x", "\x00", "\ud800", "\u200b", "😀", "<think>", "</think>", "<|im_end|>", "[/INST]",
+            "Sure", "Here is the rephrased solution:", "reference solution", "According to the", "I hope this helps", "!", ":", "**", "#", "_"]
+
+
+def test_random_strings_raise_nothing():
+    draw = random.Random(0)
+    for _ in range(20_000):
+        text = "".join(draw.choices(ALPHABET, k=draw.randint(0, 30)))
+        gold = "".join(draw.choices(ALPHABET, k=draw.randint(1, 4)))
+        assert repo.boxed_reward(text, gold) in (0.0, 1.0)
+        assert repo.boxed_reward("\\boxed{" + text + "}", gold) in (0.0, 1.0)
+        cleaned = repo.clean_rephrase(text)
+        assert isinstance(cleaned, str) and len(cleaned) <= len(text)
+
+
+LONG = {piece: (piece * (1_000_000 // len(piece) + 1))[:1_000_000] for piece in [
+    *ALPHABET, "\\boxed{1}", "{}", "{{", "\\{", "1,", "1,000", "Sure! ", "Sure, ", "a ", "ab.", "According to the reference solution, ", "as the ", "the reference says. ",
+    "<|a", "<|" + "a" * 40, "</s", "Let me know if ", "here is the a ", "\\frac{1}", "\\text{\\text{", "in my own words ", "\n \n", "."]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["", "\\boxed{", "\\boxed{1 "])
+def test_a_million_characters_of_any_pattern_take_linear_time(prefix):
+    """Eight times the text takes about eight times as long, and not sixty-four."""
+    def seconds(function, text):
+        start = time.perf_counter()
+        function(text)
+        return time.perf_counter() - start
+
+    for piece, text in LONG.items():
+        for function in (lambda t: repo.boxed_reward(prefix + t, "1"), lambda t: repo.boxed_reward(prefix + t + "}", "1"), repo.clean_rephrase):
+            part = min(seconds(function, text[:125_000]) for _ in range(3))
+            assert seconds(function, text) < 30 * max(part, 0.01), piece
+
+
+# ------------------------------------------------------------------------------------------------- cleaning a rephrase
+
+BODY = "We add 3 and 4.\n\nSo the answer is \\boxed{7}."
+CLEANED = [(f"{before}{BODY}{after}", BODY) for before, after in [
+    ("", ""), ("Sure, here is the rephrased solution:\n\n", ""), ("Sure! Here's the rephrased solution:\n", ""), ("Certainly! ", ""), ("Of course. ", ""),
+    ("Here is the solution:\n\n", ""), ("Here is my rephrased version: ", ""), ("Here's a rephrased solution in my own words:\n\n", ""), ("Rephrased solution:\n", ""),
+    ("**Rephrased solution:**\n\n", ""), ("### Rephrased Solution\n\n", ""), ("Let me rephrase the solution.\n", ""), ("I understand the reference solution. ", ""),
+    ("I will now rephrase this in my own words.\n\n", ""), ("Sure thing! I understand the reference solution. Here is my version:\n", ""), ("In my own words:\n", ""),
+    ("<think>\nThe reference says 7.\n</think>\n\n", ""), ("The reference says 7.</think>\n", ""), ("", "\n\nI hope this helps!"), ("", "\nLet me know if you have questions."),
+    ("", "<|im_end|>"), ("<|im_start|>assistant\n", "</s>"), ("", "<|endoftext|>"), ("[INST] ", " [/INST]"), ("", "<｜end▁of▁sentence｜>"), ("", "<end_of_turn>"),
+    ("Below are a problem and a reference solution to it.\n\n", ""), ("Reference solution:\n", ""), ("Certainly, here is the restated solution:\n", ""),
+    ("Understood. Here is the rewritten solution:\n\n", "")]] + [
+    ("According to the reference solution, we add.", "We add."), ("As the reference solution shows, we add 3.", "We add 3."),
+    ("Based on the expert's solution, 3+4=7.", "3+4=7."), ("First, following the reference, we add.", "First, We add."),
+    ("We add. This matches the reference solution. So \\boxed{7}.", "We add. So \\boxed{7}."), ("The reference solution uses 3. We add.", "We add."),
+    ("As stated in the provided solution, it is 7.", "It is 7."), ("The expert's answer is 7.\nWe add.", "We add."),
+    ("Sure!", "Sure!"), ("<think>on and on", ""), ("Here is the rephrased solution:", ""), ("", ""), ("  \n ", ""), ("<|im_end|>", ""), ("Sure! Here is the rephrased solution:\n", "")]
+UNTOUCHED = [BODY, "Let x be the number. Then x < 3 and |x| > 1.", "The frame of reference moves at 3 m/s.", "The reference angle is 30 degrees.", "Here is what we know: 3 + 4 = 7.",
+             "Rewrite the equation as x = 3.", "Restate: x = 3.", "Surely 3 is odd.", "Let me understand the problem. It asks for 7.",
+             "We mix the given solution with water.", "The provided solution of salt has 5 g.", "Expert players win 3 of 4 games.", "if a<b and c>d: print(a|b)", "a <s b> c",
+             "x</think" , "The answer choices given are A and B.", "[1, 2] and {3}", "Okay, so 3 + 4 = 7.", "We refer to Figure 1.", "Note: the solution is unique.",
+             "1. First step: add.\n2. Second step: divide.", "\\boxed{7}", "The text says that Tom has 3 apples.", "Now: 3.5 + 4.5 = 8.", "def f(x):\n    return x"]
+
+
+def test_cleaning_deletes_what_betrays_a_rephrase():
+    wrong = [(text, expected, repo.clean_rephrase(text)) for text, expected in CLEANED if repo.clean_rephrase(text) != expected]
+    assert not wrong, "\n".join(map(repr, wrong))
+
+
+@pytest.mark.parametrize("text", UNTOUCHED)
+def test_cleaning_leaves_other_text_alone(text):
+    assert repo.clean_rephrase(text) == text
+
+
+# --------------------------------------------------------------------------------- the command line, on files made here
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint with a chat template, as save_pretrained writes it, and GSM8K-shaped data."""
+    folder = tmp_path_factory.mktemp("files")
+    tokenizer = byte_tokenizer()
+    model = tiny_model(len(tokenizer), kind=LlamaConfig, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=1024)
+    draw, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(60):  # it boxes some digit, so that there are right and wrong rollouts to learn from
+        prompts = [repo.encode_prompt(tokenizer, f"What is {draw.randrange(9)}+{draw.randrange(9)}?") for _ in range(16)]
+        lot = [repo.as_rollout(tokenizer, prompt, f"\\boxed{{{draw.randrange(10)}}}", 0.0) for prompt in prompts]
+        (-repo.token_logps(model, lot, 1.0).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [dict(question=f"What is {i}+{i}?", answer=f"It is <<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}") for i in range(5)]
+    write_rows(folder / "data.jsonl", rows)
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def flags(files, out, **more):
+    """The command line of a small run."""
+    settings = {**dict(model=files / "model", dataset=files / "data.jsonl", out=out, steps=4, batch_size=4, group_size=4, max_new_tokens=12,
+                       learning_rate=1e-3, device=DEVICE, save_every=100, show_every=2, question_prompt="{question}",
+                       rephrase_prompt="{question} {knowledge}", gate_threshold=0.5), **more}
+    return [part for name, value in settings.items() for part in ["--" + name.replace("_", "-"), str(value)][:1 if value is None else 2]]
+
+
+def lines(out):
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+def weights(out):
+    from safetensors.torch import load_file
+    return load_file(repo.checkpoints(out)[-1] / "model.safetensors")
+
+
+def same_run(a, b):
+    return lines(a) == lines(b) and all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
+
+
+def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, tmp_path, capsys):
+    repo.main(flags(files, tmp_path / "out", eval_split="train[:3]"))
+    out = capsys.readouterr()
+    assert len(lines(tmp_path / "out")) == 4 and all(finite(json.loads(line)) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    assert set(json.loads((tmp_path / "out/summary.json").read_text())) == {"accuracy_before", "accuracy_after"}
+    assert "a rollout of reward" in out.out and "a rephrase of reward" in out.out and "last 10" in out.out and "accuracy_after" in out.out
+    reloaded = AutoModelForCausalLM.from_pretrained(repo.checkpoints(tmp_path / "out")[-1])  # loads anywhere
+    assert reloaded.dtype == torch.float32 and AutoTokenizer.from_pretrained(repo.checkpoints(tmp_path / "out")[-1]).chat_template == CHAT
+
+
+def test_gsm8k_records_become_question_knowledge_and_answer(files):
+    problems = repo.load_problems(repo.Run("m", str(files / "data.jsonl"), "o"), "train[3:]")
+    assert problems[0] == dict(question="What is 3+3?", knowledge="It is 6.\n\\boxed{6}", answer="6")
+    assert repo.boxed_reward(problems[0]["knowledge"], problems[0]["answer"]) == 1.0
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_every_file_format_and_own_columns(suffix, tmp_path):
+    from datasets import Dataset
+    data = Dataset.from_dict(dict(q=["a?", "b?"], k=["since a", "since b"], a=["1", "2"]))
+    path = tmp_path / f"data.{suffix}"
+    {"json": data.to_json, "jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[suffix](path)
+    run = repo.Run("m", str(path), "o", question_column="q", knowledge_column="k", answer_column="a")
+    assert repo.load_problems(run, "train") == [dict(question="a?", knowledge="since a", answer="1"), dict(question="b?", knowledge="since b", answer="2")]
+
+
+def test_answers_that_cannot_be_read_are_counted_and_left_out(tmp_path, capsys):
+    write_rows(tmp_path / "d.jsonl", [dict(question="a?", answer="no mark"), dict(question="b?", answer="so\n#### 4"), dict(question="c?", answer="####  "),
+                                      dict(question="d?", answer=None), dict(question="e?", answer="so \\boxed{7}")])
+    assert [p["answer"] for p in repo.load_problems(repo.Run("m", str(tmp_path / "d.jsonl"), "o"), "train")] == ["4", "7"]
+    assert "3 of 5 records of train have no readable answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model="no/such-model"), "model 'no/such-model' cannot be loaded"), (dict(dataset="no-such.jsonl"), "dataset 'no-such.jsonl' .* cannot be loaded"),
+    (dict(question_column="problem"), "no column problem; it has question, answer"), (dict(group_size=1), "group_size is 1"), (dict(split="test"), "cannot be loaded"),
+    (dict(gate_threshold=2), "gate_threshold is 2"), (dict(steps=0), "steps is 0"), (dict(max_new_tokens=1020), "do not fit the model's context of 1024"),
+    (dict(knowledge_column="question", answer_column="question"), "no usable record"), (dict(kl_beta="nan"), "kl_beta is nan"), (dict(model=HERE), "cannot be loaded")])
+def test_what_cannot_work_ends_in_one_message_and_leaves_nothing_behind(files, tmp_path, change, message):
+    with pytest.raises(SystemExit, match=f"(?s)^error: .*{message}"):
+        repo.main(flags(files, tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_without_question_knowledge_or_answer_is_refused():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    for key in ("question", "knowledge", "answer"):
+        for value in (None, "", "  ", 7):
+            with pytest.raises(RepoError, match=f"record 1 has no {key} .it is {value!r}"):
+                repo.check_problems([PROBLEMS[0], {**PROBLEMS[1], key: value}], model, tokenizer, CFG)
+    with pytest.raises(RepoError, match="no usable record"):
+        repo.check_problems([], model, tokenizer, CFG)
+    with pytest.raises(RepoError, match="record 1: .* tokens of question .* context of 512"):
+        repo.check_problems([PROBLEMS[0], {**PROBLEMS[1], "question": "why " * 200}], model, tokenizer, replace(CFG, guidance="none"))
+
+
+def test_a_model_without_padding_token_works_and_one_without_eos_is_refused(files, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    assert tokenizer.pad_token is None  # padding is masked everywhere: no token has to stand for it
+    tokenizer.eos_token = None
+    shutil.copytree(files / "model", tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="has no EOS token"):
+        repo.main(flags(files, tmp_path / "out", model=tmp_path / "model"))
+
+
+def test_weights_are_fp32_whatever_the_checkpoint_holds_and_move_at_a_learning_rate_of_a_millionth(files, tmp_path):
+    AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    AutoTokenizer.from_pretrained(files / "model").save_pretrained(tmp_path / "bf16")
+    model, _ = repo.load_model(str(tmp_path / "bf16"), DEVICE)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    rollouts = random_rollouts(vocab=200)
+    repo.update(model, torch.optim.AdamW(model.parameters(), 1e-6), rollouts, CFG)
+    moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) != before).float().mean()
+    assert moved > 0.5
+
+
+def test_only_safetensors_and_no_remote_code_are_loaded(files, tmp_path):
+    shutil.copytree(files / "model", tmp_path / "model")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    (tmp_path / "model/model.safetensors").unlink()
+    torch.save(state, tmp_path / "model/pytorch_model.bin")
+    with pytest.raises(RepoError, match="cannot be loaded"):
+        repo.load_model(str(tmp_path / "model"), "cpu")
+    shutil.copytree(files / "model", tmp_path / "remote")
+    config = json.loads((tmp_path / "remote/config.json").read_text())
+    config.update(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
+    (tmp_path / "remote/config.json").write_text(json.dumps(config))
+    (tmp_path / "remote/mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(RepoError, match="cannot be loaded"):
+        repo.load_model(str(tmp_path / "remote"), "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_optimizer_state_is_loaded_as_data_only(files, tmp_path):
+    repo.main(flags(files, tmp_path / "out", steps=1))
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save(dict(step=1, config={}, optimizer=Evil()), repo.checkpoints(tmp_path / "out")[-1] / "trainer.pt")
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        repo.main(flags(files, tmp_path / "out", steps=2, resume=None))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(files, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        repo.main(flags(files, tmp_path / name, seed=seed))
+    assert sum(row["grad_norm"] is not None for row in lines(tmp_path / "a")) >= 2 and any(row["injections"] for row in lines(tmp_path / "a"))
+    assert same_run(tmp_path / "a", tmp_path / "b") and lines(tmp_path / "a") != lines(tmp_path / "c")
+
+
+def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path):
+    repo.main(flags(files, tmp_path / "whole", steps=6, eval_split="train[:3]"))
+    repo.main(flags(files, tmp_path / "parts", steps=3, save_every=2, eval_split="train[:3]"))
+    with (tmp_path / "parts/metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "half a li')  # what a killed run may leave
+    (tmp_path / "parts/partial").mkdir()
+    repo.main(flags(files, tmp_path / "parts", steps=6, save_every=2, eval_split="train[:3]", resume=None))
+    assert same_run(tmp_path / "whole", tmp_path / "parts") and len(repo.checkpoints(tmp_path / "parts")) == 1
+    assert json.loads((tmp_path / "whole/summary.json").read_text()) == json.loads((tmp_path / "parts/summary.json").read_text())
+
+
+def test_resuming_with_other_settings_or_into_a_used_folder_is_refused(files, tmp_path):
+    repo.main(flags(files, tmp_path / "out", steps=1))
+    with pytest.raises(SystemExit, match="holds a run already"):
+        repo.main(flags(files, tmp_path / "out", steps=1))
+    with pytest.raises(SystemExit, match="seed was 0 and is 1"):
+        repo.main(flags(files, tmp_path / "out", steps=2, seed=1, resume=None))
+
+
+def test_a_folder_that_cannot_be_written_or_is_too_full_is_reported_before_training(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(repo, "train_step", None)  # must not be reached
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be written"):
+        repo.main(flags(files, tmp_path / "file/out"))
+    monkeypatch.setattr(repo.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=1000)))
+    with pytest.raises(SystemExit, match="GB free and checkpoints need"):
+        repo.main(flags(files, tmp_path / "out"))
+
+
+def test_three_updates_in_a_row_that_are_not_finite_stop_the_run_with_the_checkpoint_intact(files, tmp_path, monkeypatch):
+    loss, calls = repo.policy_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        value, clipped = loss(*args)
+        return (value * math.nan if len(calls) > 2 else value), clipped
+
+    monkeypatch.setattr(repo, "policy_loss", broken)
+    with pytest.raises(SystemExit, match="3 updates in a row .* not finite.*step-000000"):
+        repo.main(flags(files, tmp_path / "out", steps=9, save_every=2))
+    assert [row["skipped_updates"] for row in lines(tmp_path / "out")][-3:] == [1, 1, 1]
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "out").values())
+
+
+def test_out_of_memory_names_the_settings_to_lower(files, tmp_path, monkeypatch):
+    def no_memory(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(repo, "train_step", no_memory)
+    with pytest.raises(SystemExit, match="(?s)out of memory.*--micro-batch-tokens.*--group-size"):
+        repo.main(flags(files, tmp_path / "out"))
+
+
+def start(files, out, **more):
+    return subprocess.Popen([sys.executable, str(HERE / "repo.py"), *flags(files, out, **more)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path, what, process):
+    while not (path.exists() and what(path)):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint_and_the_table(files, tmp_path):
+    process = start(files, tmp_path / "out", steps=100_000)
+    wait_for(tmp_path / "out/metrics.jsonl", lambda p: len(p.read_text().splitlines()) > 2, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "last 10" in output, output
+    assert repo.checkpoints(tmp_path / "out")[-1].name == f"step-{len(lines(tmp_path / 'out')):07d}"
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_moments_a_run_still_ends_as_an_unbroken_one(files, tmp_path):
+    """The run is in a child process that is ended by SIGKILL; after fifty kills it is left to finish."""
+    steps, draw = 60, random.Random(0)
+    more = dict(steps=steps, save_every=1, batch_size=1, group_size=2, device="cpu")
+    torch.set_num_threads(1)  # forked children can have no more, and the sums must be the same
+    repo.main(flags(files, tmp_path / "whole", **more))
+    kills, context = 0, multiprocessing.get_context("fork" if DEVICE == "cpu" else "spawn")
+    while kills < 50:
+        child = context.Process(target=repo.main, args=(flags(files, tmp_path / "out", resume=None, **more),))
+        child.start()
+        child.join(draw.uniform(0.05, 0.6))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            kills += 1
+        elif len(lines(tmp_path / "out")) >= steps:
+            shutil.rmtree(tmp_path / "out")  # it was finished before all kills were done: once more
+    repo.main(flags(files, tmp_path / "out", resume=None, **more))
+    assert same_run(tmp_path / "whole", tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------- the miniature
+
+
+def test_the_headline_of_the_miniature(tmp_path):
+    """On a shortened run: RePO learns the book that GRPO never does, and the injections fade."""
+    grpo = run_tiny.run_job(run_tiny.Job("grpo", steps=10), tmp_path, DEVICE)["summary"]
+    rephrasing = run_tiny.run_job(run_tiny.Job("repo", steps=60), tmp_path, DEVICE)["summary"]
+    assert grpo["hard"] <= 0.02 and grpo["injections_first10"] == 0 and grpo["base_general"] > 0.9
+    assert rephrasing["hard"] > 0.5 and rephrasing["general"] > 0.8
+    assert rephrasing["injections_last10"] < 0.5 * rephrasing["injections_first10"]
+    assert rephrasing["policy_gap_expert"] < -5 < -2 < rephrasing["policy_gap_rephrase"]
+
+
+def test_the_world_is_drawn_from_its_seed_and_its_texts_survive_the_tokenizer():
+    assert run_tiny.World(1).books == run_tiny.World(1).books != run_tiny.World(2).books
+    tokenizer, p = run_tiny.make_tokenizer(), run_tiny.World(0).problem("3")
+    for text in (p["knowledge"], run_tiny.own_style("abcd", "wxyz")):
+        assert tokenizer.decode(repo.encode_completion(tokenizer, text), skip_special_tokens=True) == text
+        assert repo.clean_rephrase(text, run_tiny.CONFIG.rephrase_prompt) == text
+    assert repo.boxed_reward(p["knowledge"], p["answer"]) == 1.0
