@@ -29,7 +29,7 @@ from typing import Callable, Literal, Optional, get_args
 
 import torch
 from datasets import load_dataset
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -38,6 +38,11 @@ RewardFn = Callable[[str, str], float]  # (completion text, answer) -> reward
 
 class RepoError(ValueError):
     """Something given cannot work: the message says what was given, what is wrong with it and what to do."""
+
+
+def check(name: str, value, holds: bool, must_be: str) -> None:
+    if not holds:
+        raise RepoError(f"{name} is {value!r}; it must be {must_be}")
 
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -70,7 +75,7 @@ class Config:
     max_new_tokens: int = setting(512, "longest completion, in tokens (ours)")
     temperature: float = setting(1.0, "T; rollouts are drawn from, and scored under, softmax(logits / T) (ours)")
     guidance: Literal["rephrase", "none", "verbatim"] = setting(
-        "rephrase", "what an open gate lets in: a rephrase (RePO), nothing (GRPO), the expert's text as it stands")
+        "rephrase", "what an open gate lets in: a rephrase (RePO) or the expert's own text; none is GRPO, without a gate")
     fail_threshold: float = setting(0.5, "delta; a rollout with a reward below it has failed (ours)")
     gate_threshold: float = setting(1.0, "rho; the gate opens when at least this share of a group failed (ours)")
     verify: bool = setting(True, "inject only what is rewarded higher than the rollout it replaces (ours)")
@@ -91,24 +96,19 @@ class Config:
     def __post_init__(self):
         """Refuses what cannot work before anything is done. Errors: RepoError."""
         value = lambda name: getattr(self, name)
-        choices = {f.name: get_args(f.type) for f in fields(self) if get_args(f.type)}
-        rules = [
-            ("group_size", self.group_size >= 2, "at least 2, as advantages compare the rollouts of a group"),
-            ("gate_threshold", 0 <= self.gate_threshold <= 1, "from 0 to 1, a share of the group"),
-            ("fail_threshold", math.isfinite(self.fail_threshold), "a finite number"),
-            ("question_prompt", "{question}" in self.question_prompt, "a template that holds {question}"),
-            ("rephrase_prompt", all(slot in self.rephrase_prompt for slot in ("{question}", "{knowledge}")),
-             "a template that holds {question} and {knowledge}"),
-            *((name, value(name) >= 1, "at least 1")
-              for name in ("batch_size", "max_new_tokens", "updates_per_batch", "micro_batch_tokens")),
-            *((name, 0 < value(name) < math.inf, "a finite number above 0")
-              for name in ("temperature", "clip_epsilon", "learning_rate", "max_grad_norm")),
-            *((name, 0 <= value(name) < math.inf, "a finite number, 0 or more") for name in ("kl_beta", "weight_decay", "seed")),
-            *((name, value(name) in allowed, f"one of {', '.join(allowed)}") for name, allowed in choices.items()),
-        ]
-        for name, holds, must_be in rules:
-            if not holds:
-                raise RepoError(f"{name} is {value(name)!r}; it must be {must_be}")
+        check("group_size", self.group_size, self.group_size >= 2, "at least 2, as advantages compare the rollouts of a group")
+        check("gate_threshold", self.gate_threshold, 0 <= self.gate_threshold <= 1, "from 0 to 1, a share of the group")
+        check("fail_threshold", self.fail_threshold, math.isfinite(self.fail_threshold), "a finite number")
+        for name in ("batch_size", "max_new_tokens", "updates_per_batch", "micro_batch_tokens"):
+            check(name, value(name), value(name) >= 1, "at least 1")
+        for name in ("temperature", "clip_epsilon", "learning_rate", "max_grad_norm"):
+            check(name, value(name), 0 < value(name) < math.inf, "a finite number above 0")
+        for name in ("kl_beta", "weight_decay", "seed"):
+            check(name, value(name), 0 <= value(name) < math.inf, "a finite number, 0 or more")
+        for name, slots in (("question_prompt", ["{question}"]), ("rephrase_prompt", ["{question}", "{knowledge}"])):
+            check(name, value(name), all(slot in value(name) for slot in slots), f"a template that holds {' and '.join(slots)}")
+        for f in fields(self):
+            check(f.name, value(f.name), value(f.name) in (get_args(f.type) or [value(f.name)]), f"one of {', '.join(map(str, get_args(f.type)))}")
 
 
 @dataclass
@@ -118,11 +118,17 @@ class Rollout:
     prompt: list[int]  # token ids of the plain question q, under which the completion is scored
     completion: list[int]  # token ids with the final EOS; a truncated completion has none
     text: str
-    sampled_logps: list[float]  # a token each, from the sampler; NaN where the text was not drawn from π(·|q)
+    sampled_logps: list[float]  # a token each, from the sampler, only to check it; NaN if not drawn from π(·|q)
     entropy: list[float] = field(default_factory=list)  # of the policy at each token, nats, from the sampler
     reward: float = 0.0
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the loss
+
+
+def mean(values) -> Optional[float]:
+    """The mean, or None (null in metrics.jsonl) where there was nothing to measure."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
 # --------------------------------------------------------------------------------------------- 1. rollout: sampling
@@ -139,10 +145,10 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return tokenizer(text + "\n\nSolution:", split_special_tokens=True).input_ids  # BOS where the tokenizer adds it
 
 
-def encode_completion(tokenizer, text: str, finished: bool = True) -> list[int]:
-    """Token ids of an assistant's turn: no BOS, no control token made of text, and EOS unless it was truncated."""
+def encode_completion(tokenizer, text: str, end: Optional[list[int]] = None) -> list[int]:
+    """Token ids of an assistant's turn: no BOS, no control token made of text, and at its end `end`, by default the EOS."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [tokenizer.eos_token_id] * finished
+    return ids + ([tokenizer.eos_token_id] if end is None else end)
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -226,60 +232,75 @@ def rephrase_prompt(question: str, knowledge: str, template: str = REPHRASE_PROM
     return fill(template, question=question, knowledge=knowledge)
 
 
-# No text, however long or strange, may cost more than linear time: every quantifier below is bounded.
-CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\n]{1,40}[|｜]>(?:(?:system|user|assistant)\n)?|</?(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|\[/?INST\]")
+# Cleaning takes linear time on any text: every quantifier of these patterns is bounded.
+CONTROL_TOKEN = re.compile(r"(?:<[|｜][^<>|｜\n]{1,40}[|｜]>|</?(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|\[/?INST\])"
+                           r"(?:(?:system|user|assistant|model)(?=[\n<]))?")
 INTERJECTION = re.compile(r"(?:sure(?: thing)?|certainly|of course|absolutely|understood|got it)[!.,:]\s{1,9}", re.I)
-FIRST_SENTENCE = re.compile(r"[^\n.:!]{0,200}(?:[.:!][*_]{0,2}(?=\s|$)|\n|$)\s{0,9}")
+SENTENCE = re.compile(r"(?:[^\n.:!]|\.\d){0,200}(?:[.:!][*_]{0,2}(?=\s|$)|\n|$)\s{0,9}")
 ABOUT_THE_TASK = re.compile(
-    r"rephras|paraphras|(?:my|your) own words|understand the (?:reference|given|provided|expert)"
+    r"rephras|paraphras|(?:my|your) (?:own words|usual style)|\banew\b|as if (?:i|you) had|understand the (?:reference|expert)"
     r"|(?:rewritten|restated|reworded|revised) (?:solution|answer|explanation|version)"
-    r"|here(?:['’]s| is| are) (?:the|my|a|an) (?:[\w-]{1,20} ){0,3}(?:solution|answer|explanation|version)", re.I)
-_REFERENCE = r"(?:reference|expert(?:['’]s)?) (?:solution|answer|text|explanation|reasoning|derivation|proof|knowledge)s?"
-AS_THE_REFERENCE = re.compile(
-    rf"\b(?:as|according to|based on|following|from|per|using|in)(?: \w{{1,15}}){{0,3}} (?:the|this|that|your) "
-    rf"(?:{_REFERENCE}|reference|(?:given|provided) (?:solution|explanation|reasoning|derivation))"
-    r"(?: \w{1,15}){0,3}, {0,9}(\w?)", re.I)
-REFERENCE = re.compile(rf"\b{_REFERENCE}\b|\bthe reference (?:says|states|shows|notes|uses|gives|explains)\b", re.I)
-FAREWELL = re.compile(r"(?:i hope (?:this|that) helps|let me know if|feel free to ask)[^\n]{0,200}$", re.I)
+    r"|(?:here(?:['’]s| is)|below is) (?:the|my|a|an) (?:[\w,-]{1,20} ){0,3}(?:solution|answer|explanation|version)", re.I)
+OPENING = re.compile(r"[^\d\\$]{0,200}\b(?:I|you|me|my)\b[^\d\\$]{0,200}$|\W{0,9}(?:\w{1,20}\W{1,9}){1,3}$")  # "Great!", "I'd be happy to help."
+ADDRESSED = re.compile(r"[:!\n][*_]{0,2}\s{0,9}$|\b(?:I|me|my|here)\b", re.I)  # a preamble speaks to somebody or leads over
+_TEXT = r"(?:solution|explanation|reasoning|derivation|proof|approach|method)"
+_SAYS = r" (?:is|says|states|shows|uses|adds|gives|explains|notes|suggests|finds|does|did|first)\b"
+_REFERENCE = rf"(?:the|this|that|your) (?:reference|expert)(?:['’]s)?(?: (?:{_TEXT}|answer))?"
+_SOURCE = rf"(?:{_REFERENCE}|the (?:provided|given) {_TEXT})"
+AS_THE_REFERENCE = re.compile(  # "As the reference solution shows, we add." -> "We add."
+    rf"(^|[.!?\n]\s{{1,9}})?\b(?:as|like|similar to|according to|based on|following|from|per|using)(?: \w{{1,15}}){{0,3}} "
+    rf"{_SOURCE}(?:{_SAYS})?, {{0,9}}(\w?)(\w?)", re.I)
+WHICH_MATCHES = re.compile(  # "We get 7, which matches the reference." -> "We get 7."
+    rf",? (?:which|as|just as|matching|consistent|agreeing)(?: \w{{1,15}}){{0,4}} {_SOURCE}(?: \w{{1,15}}){{0,2}}(?=[.,\n]|$)", re.I)
+REFERENCE = re.compile(rf"\b{_REFERENCE}(?:{_SAYS}|(?=[.,;:!)\n]|$))", re.I)
+FAREWELL = re.compile(r"(?:^|(?<=[\s}]))(?:please |if you [^\n.\\]{0,60})?(?:(?:i )?hope (?:this|that)|let me know|feel free)[^\n\\]{0,200}$", re.I)
 
 
 def clean_rephrase(text: str, template: str = REPHRASE_PROMPT) -> str:
     """Deletes what betrays that `text` is a rephrase, so that the rest reads as a direct answer to q.
 
-    Gone are thinking, control tokens written as text, lines of the instruction, the preamble ("Sure, here is the
-    rephrased solution:"), farewells, and mentions of a reference: the phrase where the sentence stands without it,
-    else the sentence. Other text stays as it is, but for blanks around it; nothing left means a failed rephrase.
-    That meta text goes is the paper's, the patterns are ours.
+    Gone are thinking, control tokens written as text and what follows them, sentences of the instruction, the
+    preamble ("Sure, here is the rephrased solution:"), farewells, and mentions of a reference: the clause where the
+    sentence stands without it, else the sentence, unless it holds the answer: as far as the patterns see. Other text stays as it is, but for
+    blanks around it; nothing left means a failed rephrase. That meta text goes is the paper's, the patterns are ours.
     """
-    text = CONTROL_TOKEN.sub("", text.rpartition("</think>")[2].partition("<think>")[0])
-    for line in re.split(r"\{question\}|\{knowledge\}|\n", template):
-        text = text.replace(line, "") if len(line.split()) > 1 else text
-    text = text.strip()
+    for tag in ("think", "thinking", "thought", "reasoning"):
+        text = text.rpartition(f"</{tag}>")[2].partition(f"<{tag}>")[0]
+    text = next((part for part in CONTROL_TOKEN.split(text) if part.strip()), "")
+    for quote in re.split(r"\{question\}|\{knowledge\}|\n|(?<=\.) ", template):
+        text = re.sub(rf"[*#_ ]{{0,9}}{re.escape(quote)}[*_]{{0,3}}", "", text, flags=re.I) if len(quote.split()) > 1 else text
+    text, start, preamble = text.strip(), 0, 0
     for _ in range(5):  # "Sure!", "I understand the reference.", "Here is my version:"
-        text = INTERJECTION.sub("", text, count=1) if INTERJECTION.match(text) else text
-        sentence = FIRST_SENTENCE.match(text)
-        text = text[sentence.end():] if sentence and ABOUT_THE_TASK.search(sentence[0]) else text
-    text = AS_THE_REFERENCE.sub(lambda match: match[1].upper(), text)  # "As the reference solution shows, we add."
+        sentence = SENTENCE.match(text, start)
+        about = sentence and ABOUT_THE_TASK.search(sentence[0]) and ADDRESSED.search(sentence[0]) and "\\boxed" not in sentence[0]
+        if not sentence or not about and not OPENING.match(sentence[0]):
+            break
+        start = sentence.end()
+        preamble = start if about else preamble
+    text = INTERJECTION.sub("", text[preamble:], count=1) if INTERJECTION.match(text, preamble) else text[preamble:]
+    text = AS_THE_REFERENCE.sub(lambda m: (m[1] or "") + (m[2].upper() if m[1] is not None and m[3] else m[2]) + m[3], text)
+    text = WHICH_MATCHES.sub("", text)
     if REFERENCE.search(text):
         sentences = re.split(r"(?<=[.!?])(?=\s)|(?<=\n)", text)
-        text = "".join(sentence for sentence in sentences if not REFERENCE.search(sentence))
-    return FAREWELL.sub("", text.strip()).strip()
+        text = "".join(s for s in sentences if "\\boxed" in s or not REFERENCE.search(s))
+    return FAREWELL.sub("", FAREWELL.sub("", text.strip()).strip()).strip()
 
 
 # ---------------------------------------------------------------------------------------------- reward: is it right?
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"  # 1234, 1,234 and 1 234, but not 1,2
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d*)?|\.\d+)"
-NUMBER = re.compile(  # sign, currency, then whole part, numerator, denominator or decimal, powers of ten; then the unit
+NUMBER = re.compile(  # sign and currency, then whole part, numerator, denominator or decimal, powers of ten; then the unit
     rf"([+-]?[$€£]?|[$€£][+-])(?:(?:(\d+) )?({_DECIMAL})/({_DECIMAL})"
     rf"|({_DECIMAL})(?:e([+-]?\d{{1,3}})|(?:\\times|\\cdot|×|\*) ?10\^\{{?([+-]?\d{{1,3}})\}}?)?)(.*)")
-TYPOGRAPHY = {"−": "-", "–": "-", r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", "{,}": ",",
-              r"\,": " ", r"\;": " ", r"\ ": " ", r"\!": "", "~": " ", r"\{": "{", r"\}": "}", r"\%": "%", r"\$": "$", "**": "",
-              r"^\circ": " degree", r"^{\circ}": " degree", "°": " degree"}
-UNITS = set("m g s l h n j v w mm cm km kg mg ml ms hz hr ft in mi lb oz mph km/h m/s usd".split())
-NO_UNITS = set("hundred thousand million billion trillion dozen half halve third quarter fourth fifth tenth squared cubed "
-               "factorial plus minus times over and not point less more mod root power divided out zero one two three four "
-               "five six seven eight nine ten twenty hundredth thousandth sin cos tan log exp sqrt infinity".split())
+TYPOGRAPHY = {"−": "-", "–": "-", r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\(": "", r"\)": "", "{,}": ",", r",\!": ",",
+              r"\,": " ", r"\;": " ", r"\ ": " ", r"\!": " ", "~": " ", r"\{": "{", r"\}": "}", r"\%": "%", r"\$": "$",
+              "²": "^2", r"^\circ": " degree", r"^{\circ}": " degree", r"\degree": " degree", "°": " degree"}
+CURRENCY = {"$": "dollar", "€": "euro", "£": "pound"}
+UNITS = set("m g s l h j n v w c f mm cm km kg mg ml ms hz hr ft in mi lb oz mph kw sq yd am pm usd of a an".split())
+NO_UNIT = re.compile(  # a word that makes another number of the one before it
+    r"(?:(?:one|two|three?|four?|for|five?|fif|six|seven|eight?|nine?|ten|eleven|twel[vf]e?|thir|twen)(?:teen|ty|tie)?(?:th)?|third"
+    r"|[a-z]*illion(?:th)?|(?:hundred|thousand)(?:th)?|zero|dozen|lakh|crore|hal[fv]e?|squared|cubed|factorial|percent.*|pct|and|not)s?")
 
 
 def last_boxed(text: str) -> Optional[str]:
@@ -297,20 +318,23 @@ def normalise(answer: str) -> str:
     answer = "".join(str(unicodedata.decimal(c, c)) for c in answer if unicodedata.category(c) != "Cf")
     for old, new in TYPOGRAPHY.items():
         answer = answer.replace(old, new)
+    answer = re.sub(r"\\(?:left|right)(?![a-zA-Z])", "", answer)
     for _ in range(3):  # \text{ cm}, also inside another
-        answer = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s?\{([^{}]*)\}", r" \1 ", answer)
-    answer = re.sub(rf"\\frac ?(?:\{{(-?{_DECIMAL})\}}|(\d)) ?(?:\{{({_DECIMAL})\}}|(\d))", r" \1\2/\3\4 ", answer)
-    answer = re.sub(r"\s+", " ", answer).strip().removesuffix(".").casefold()
-    answer = answer[1:-1] if len(answer) > 2 and answer[0] == answer[-1] == "$" else answer
-    return re.sub(r" ?([^\w\s]) ?", r"\1", answer).strip()
+        answer = re.sub(r"\\(?:text|math|mbox|bold)[a-z]{0,9}\s?\{([^{}]*)\}", r" \1 ", answer)
+    answer = re.sub(rf"\\frac ?(?:\{{(-?{_DECIMAL})\}}|(\d)) ?(?:\{{({_DECIMAL})\}}|(\d))(?! ?[\d.])", r" \1\2/\3\4", answer)
+    answer = re.sub(r"(\^|_|\\sqrt) ?\{ ?(\w) ?\}", r"\1\2", answer)  # x^{2} is x^2
+    answer = re.sub(r"\s+", " ", answer).strip(" *").removesuffix(".").casefold()
+    answer = re.sub(r"^\$+(.*[^$])\$+$|^\(([a-z])\)$", r"\1\2", answer)  # $3$ and, of a choice, (B)
+    return re.sub(r" ?([^\w\s,.]) ?", r"\1", answer).strip()
 
 
 def parse_number(answer: str) -> Optional[tuple[Fraction, str]]:
     """(exact value, unit or "") of a normalised answer; None if it is no number. Nothing is evaluated: 2+3 is text.
 
-    50% is 1/2 and never 50. What follows a number must be a unit: a known one, or a word that changes no number.
+    50% is 1/2 and never 50. What follows a number must be a unit: a known one, or words that make no other number.
     """
-    if not (match := NUMBER.fullmatch(answer)):
+    match = NUMBER.fullmatch(answer) if len(answer) <= 1000 else None
+    if not match:
         return None
     prefix, whole, top, bottom, decimal, power, power_of_ten, unit = match.groups(default="")
     exact = lambda text: Fraction(text.replace(",", "").replace(" ", "") or 0)
@@ -320,11 +344,12 @@ def parse_number(answer: str) -> Optional[tuple[Fraction, str]]:
     value *= Fraction(10) ** int(power or power_of_ten or 0) * (-1 if "-" in prefix else 1)
     if unit.strip() in ("%", "percent"):
         return value / 100, ""
-    for word in re.sub(r"(?<=[a-z])\^?\{?[23²³]\}?$", "", unit).split():  # cm^2
-        plain = unit[0] == " " and len(word) > 2 and word.isalpha() and not {word, word.rstrip("s")} & NO_UNITS
-        if not (plain or word in UNITS):
+    for word in re.sub(r"(?<=[a-z])\^?[23]$", "", unit).replace("/", " ").split():  # cm^2, km/h
+        spaced = unit[0] in " /"
+        if not (word in UNITS and (spaced or len(word) > 1) or spaced and len(word) > 2 and word.isalpha() and not NO_UNIT.fullmatch(word)):
             return None
-    return value, {"$": "dollar", "€": "euro", "£": "pound"}.get(prefix.strip("+-")) or unit.strip().removesuffix("s")
+    unit, money = re.sub(r"(?<=\w\w)s$", "", unit.strip()), CURRENCY.get(prefix.strip("+-"), "")
+    return None if money and unit not in ("", money, "usd") else (value, money or unit)
 
 
 def boxed_reward(completion: str, answer: str) -> float:
@@ -337,12 +362,12 @@ def boxed_reward(completion: str, answer: str) -> float:
     if box is None or len(box) > 10 * len(answer) + 1000:  # no honest answer is that much longer
         return 0.0
     given, gold = normalise(box), normalise(answer)
-    if "=" not in gold:
-        given = re.sub(r"^[a-z]=", "", given)  # x = 5
-    a, b = parse_number(given), parse_number(gold)
+    bare = [re.sub(r"^[a-z\\_ ]{0,20}=", "", text) for text in (given, gold)]  # x = 5, where only one of them says so
+    a, b = map(parse_number, bare if ("=" in given) != ("=" in gold) else (given, gold))
     if a and b:
         return float(a[0] == b[0] and (a[1] == b[1] or not (a[1] and b[1])))
-    return float(bool(given) and a == b and given == gold)
+    same = re.sub(r" ?([,.]) ?", r"\1", given) == re.sub(r" ?([,.]) ?", r"\1", gold)
+    return float(bool(given) and a == b and same)
 
 
 def checked_reward(reward_fn: RewardFn, text: str, problem: dict) -> float:
@@ -356,6 +381,37 @@ def checked_reward(reward_fn: RewardFn, text: str, problem: dict) -> float:
         raise RepoError(f"the reward function {fault}; it must return a finite number for any text"
                         f"\nprompt: {problem['question'][:500]!r}\ncompletion: {text[:500]!r}")
     return reward
+
+
+def rollout(model, tokenizer, problems: list[dict], cfg: Config, reward_fn: RewardFn) -> list[list[Rollout]]:
+    """Step 1: o_1..o_G ~ π(·|q) with their rewards, a group for each problem."""
+    turns = [fill(cfg.question_prompt, question=p["question"]) for p in problems]
+    drawn = complete(model, tokenizer, turns, cfg.group_size, cfg, cfg.temperature)
+    groups = [drawn[n * cfg.group_size:(n + 1) * cfg.group_size] for n in range(len(problems))]
+    for p, group in zip(problems, groups):
+        for r in group:
+            r.reward = checked_reward(reward_fn, r.text, p)
+    return groups
+
+
+def as_rollout(tokenizer, prompt: list[int], text: str, reward: float, end: Optional[list[int]] = None) -> Rollout:
+    """A text from elsewhere as a completion of the plain question `prompt`, under which it is scored (Eq. 11)."""
+    ids = encode_completion(tokenizer, text, end)
+    return Rollout(prompt, ids, text, [math.nan] * len(ids), reward=reward)
+
+
+def rephrase(model, tokenizer, problems: list[dict], prompts: list[list[int]], cfg: Config,
+             reward_fn: RewardFn) -> list[Optional[Rollout]]:
+    """Step 2: o_rep ~ π(·|P(q,k)), cleaned and rewarded, for each problem and its plain prompt; None if nothing is left.
+
+    One a question, at the rollouts' temperature (ours). It keeps the end that the policy drew, or none if truncated.
+    """
+    turns = [rephrase_prompt(p["question"], p["knowledge"], cfg.rephrase_prompt) for p in problems]
+    eos, guides = end_ids(model, tokenizer), []
+    for p, prompt, draft in zip(problems, prompts, complete(model, tokenizer, turns, 1, cfg, cfg.temperature)):
+        text, end = clean_rephrase(draft.text, cfg.rephrase_prompt), [i for i in draft.completion[-1:] if i in eos]
+        guides.append(as_rollout(tokenizer, prompt, text, checked_reward(reward_fn, text, p), end) if text else None)
+    return guides
 
 
 # --------------------------------------------------------------------------------- 3. injection: gate and replacement
@@ -394,7 +450,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 def token_weights(lengths: list[int], aggregation: str) -> list[float]:
     """The weight in the loss of a token of each of N completions: 1/(N·|o_i|) (paper), or 1/Σ|o_j| for "token".
 
-    Fixed before the batch is cut or thinned out: neither micro-batches nor skipped groups can change the gradient.
+    Fixed before micro-batches are cut and zero-advantage groups dropped, so that neither can change the gradient.
     """
     return [1 / (sum(lengths) if aggregation == "token" else len(lengths) * length) for length in lengths]
 
@@ -403,8 +459,8 @@ def token_logps(model, rollouts: list[Rollout], temperature: float) -> torch.Ten
     """log π_θ(o_t | q, o_<t) of every completion token, one rollout after the other: [Σ|o_i|], fp32, with gradient.
 
     Padding is on the right, where a causal model never looks: it needs neither mask nor position ids. Logits are
-    computed only where a completion can be, and their log-softmax is recomputed in the backward pass a few rows at a
-    time, so that there is never an fp32 copy of tokens × vocabulary.
+    computed only where a completion can be, and their log-softmax is recomputed in the backward pass a few positions
+    at a time, so that there is never an fp32 copy of tokens × vocabulary.
     """
     first = min(len(r.prompt) for r in rollouts)  # the first position that can hold a completion's token
     width = max(len(r.prompt) + len(r.completion) for r in rollouts)
@@ -417,10 +473,10 @@ def token_logps(model, rollouts: list[Rollout], temperature: float) -> torch.Ten
 
     with autocast(model):
         logits = model(ids, use_cache=False, logits_to_keep=width - first + 1).logits[:, :-1]  # [B, C, V]
-    few = max(1, 2**26 // logits[0].numel())  # rows whose fp32 copy takes 256 MiB
-    logps = [checkpoint(chosen, *rows, use_reentrant=False, preserve_rng_state=False)
-             for rows in zip(logits.split(few), ids[:, first:].split(few))]
-    return torch.cat(logps)[mask]
+    few = max(1, 2**26 // logits[:, 0].numel())  # positions whose fp32 copy takes 256 MiB
+    logps = [recompute(chosen, *part, use_reentrant=False, preserve_rng_state=False)
+             for part in zip(logits.split(few, 1), ids[:, first:].split(few, 1))]
+    return torch.cat(logps, 1)[mask]
 
 
 def policy_loss(logps, old_logps, advantages, weights, clip_epsilon: float):
@@ -440,7 +496,7 @@ def kl_loss(logps, reference_logps, weights):
 
 
 def micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """The rollouts, longest first (memory runs out at once or never), in lots of rows × longest ≤ max_tokens."""
+    """The rollouts, longest first (memory runs out at once or never), in batches of rows × longest ≤ max_tokens."""
     size, lots = lambda r: len(r.prompt) + len(r.completion), []
     for r in sorted(rollouts, key=size, reverse=True):
         if not lots or (len(lots[-1]) + 1) * size(lots[-1][0]) > max_tokens:
@@ -452,9 +508,10 @@ def micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout
 def update(model, optimizer, rollouts: list[Rollout], cfg: Config, reference=None) -> dict:
     """Takes `updates_per_batch` optimizer steps on the rollouts of the final groups; returns metrics.
 
-    Rollouts of zero advantage are left out: their gradient is zero, and the weights have counted them. π_old is the
-    first pass itself, so the ratio there is exactly 1 and no pass is spent on it. A step whose loss or gradient is
-    not finite is skipped.
+    Rollouts of zero advantage are left out: their gradient is zero, and the weights have counted them. A batch without
+    any advantage leaves weights and momentum alone (ours). π_old(·|q) is the first pass itself, for o_rep too, although
+    π(·|P(q,k)) wrote it: no pass is spent on it, the ratio there is exactly 1, and with one update the clip never acts.
+    A step whose loss or gradient is not finite is skipped (ours).
     """
     lots = micro_batches([r for r in rollouts if r.advantage or cfg.kl_beta], cfg.micro_batch_tokens)
     per_token = [torch.tensor([(r.advantage, r.weight, logp) for r in lot for logp in r.sampled_logps], device=model.device)
@@ -494,43 +551,9 @@ def update(model, optimizer, rollouts: list[Rollout], cfg: Config, reference=Non
 # ------------------------------------------------------------------------------------------------- the algorithm box
 
 
-def mean(values) -> Optional[float]:
-    """The mean, or None (null in metrics.jsonl) where there was nothing to measure."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def rollout(model, tokenizer, problems: list[dict], cfg: Config, reward_fn: RewardFn) -> list[list[Rollout]]:
-    """o_1..o_G ~ π(·|q) with their rewards: a group for each problem."""
-    turns = [fill(cfg.question_prompt, question=p["question"]) for p in problems]
-    drawn = complete(model, tokenizer, turns, cfg.group_size, cfg, cfg.temperature)
-    groups = [drawn[n * cfg.group_size:(n + 1) * cfg.group_size] for n in range(len(problems))]
-    for p, group in zip(problems, groups):
-        for r in group:
-            r.reward = checked_reward(reward_fn, r.text, p)
-    return groups
-
-
-def as_rollout(tokenizer, prompt: list[int], text: str, reward: float, finished: bool = True) -> Rollout:
-    """A text from elsewhere as a completion of the plain question `prompt`, under which it is scored (Eq. 11)."""
-    ids = encode_completion(tokenizer, text, finished)
-    return Rollout(prompt, ids, text, [math.nan] * len(ids), reward=reward)
-
-
-def rephrase(model, tokenizer, problems: list[dict], prompts: list[list[int]], cfg: Config,
-             reward_fn: RewardFn) -> list[Optional[Rollout]]:
-    """o_rep ~ π(·|P(q,k)), cleaned and rewarded, for each problem with plain prompt ids; None if nothing is left of it."""
-    turns = [rephrase_prompt(p["question"], p["knowledge"], cfg.rephrase_prompt) for p in problems]
-    drafts = complete(model, tokenizer, turns, 1, cfg, cfg.temperature)
-    texts = [clean_rephrase(draft.text, cfg.rephrase_prompt) for draft in drafts]
-    finished = [draft.completion[-1] in end_ids(model, tokenizer) for draft in drafts]
-    return [as_rollout(tokenizer, q, text, checked_reward(reward_fn, text, p), end) if text else None
-            for p, q, text, end in zip(problems, prompts, texts, finished)]
-
-
 @torch.no_grad()
 def mean_logp(model, rollouts: list[Rollout], cfg: Config) -> Optional[float]:
-    """The policy gap of these texts: their mean log π(o_t | q, o_<t), in nats a token; None if there are none."""
+    """The policy gap of these texts: log π(o_t | q, o_<t) at T, mean over all their tokens, in nats; None without texts."""
     logps = [token_logps(model, lot, cfg.temperature) for lot in micro_batches(rollouts, cfg.micro_batch_tokens)]
     return torch.cat(logps).mean().item() if logps else None
 
@@ -539,8 +562,10 @@ def train_step(model, tokenizer, optimizer, problems: list[dict], cfg: Config, r
                reference=None, update_fn=update) -> tuple[dict, list[list[Rollout]], list[Rollout]]:
     """One step of RePO on `problems`, dicts of question, knowledge and answer; changes the model in place.
 
-    Returns (metrics, the final groups, the guides that open gates were offered). A metric that had nothing to measure
-    is None; seconds are wall-clock, and measuring the policy gap counts as rephrasing.
+    Returns (metrics, the final groups, the guides that open gates were offered). Rewards and fail rate are of the
+    policy's own rollouts, before the replacement; the share of zero-variance groups is of the final ones. A metric with
+    nothing to measure is None; seconds are wall-clock, and measuring the policy gap counts as rephrasing.
+    `update_fn` is there to try another loss: it gets what `update` gets.
     """
     model.eval()  # dropout between sampling, old and new log-probabilities would move the ratio away from 1
     clock = [time.perf_counter()]
@@ -612,15 +637,14 @@ class Run:
     knowledge_column: str = setting("answer", "column of the expert's solution")
     answer_column: str = setting("answer", "column of the answer; in 'reasoning #### answer' it is what follows the mark")
     steps: int = setting(100, "training steps")
-    save_every: int = setting(50, "steps from checkpoint to checkpoint, of which the newest is kept")
-    show_every: int = setting(10, "steps between two completions to look at, a rollout and a rephrase")
+    save_every: int = setting(50, "steps between checkpoints; the newest is kept")
+    show_every: int = setting(10, "steps between two sample completions, a rollout and a rephrase")
     resume: bool = setting(False, "go on from the checkpoint in --out")
     device: Optional[str] = setting(None, "cuda, cuda:1, cpu ...; CUDA where there is one if not given")
 
     def __post_init__(self):
         for name in ("steps", "save_every", "show_every"):
-            if getattr(self, name) < 1:
-                raise RepoError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
 
 
 def load_model(name: str, device: str):
@@ -667,7 +691,7 @@ def load_problems(run: Run, split: str) -> list[dict]:
 
 
 def check_problems(problems: list[dict], model, tokenizer, cfg: Config) -> None:
-    """Refuses, before any work, data that cannot be trained on. Errors: RepoError with record, value and mend."""
+    """Refuses, before any work, data that cannot be trained on. Errors: RepoError with record, value and what to do."""
     if not problems:
         raise RepoError("the dataset holds no usable record; check the split and the answer column")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -692,9 +716,15 @@ def batch_at(step: int, problems: list[dict], cfg: Config) -> list[dict]:
     return [problems[order[epoch][i]] for epoch, i in places]
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first; the newest is always complete."""
+    return sorted(out.glob("step-[0-9]*"))
+
+
 def prepare_out(run: Run, model) -> Path:
-    """Makes and tries the output folder. Errors: RepoError if it cannot be written, is too full or holds another run."""
-    out, need = Path(run.out), 24 * model.num_parameters()  # bytes: two checkpoints of weights and AdamW's moments in fp32
+    """Creates the output folder and checks it. Errors: RepoError if it cannot be written, is too full or holds another run."""
+    out = Path(run.out)
+    need = 12 * model.num_parameters() * (1 if checkpoints(out) else 2)  # bytes: fp32 weights and moments, old and new
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "write-test").write_text("x")
@@ -703,27 +733,20 @@ def prepare_out(run: Run, model) -> Path:
         raise RepoError(f"the folder {run.out!r} cannot be written: {error}; choose another --out") from error
     if (free := shutil.disk_usage(out).free) < need:
         raise RepoError(f"{run.out!r} has {free / 1e9:.1f} GB free and checkpoints need {need / 1e9:.1f} GB; choose another --out")
-    if (out / "metrics.jsonl").exists() and not run.resume:
+    if ((out / "metrics.jsonl").exists() or checkpoints(out)) and not run.resume:
         raise RepoError(f"{run.out!r} holds a run already; go on with it by --resume, or choose another --out")
     return out
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first; the newest is always complete."""
-    return sorted(out.glob("step-[0-9]*"))
-
-
-def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, cfg: Config) -> None:
+def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, settings: dict) -> None:
     """Writes out/step-N, whole or not at all since a rename is atomic, and then deletes the older ones."""
     final, partial = out / f"step-{step:07d}", out / "partial"
-    if final.exists():
-        return
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    torch.save(dict(step=step, config=asdict(cfg), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+    torch.save(dict(step=step, settings=settings, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
                     cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []), partial / "trainer.pt")
-    for file in partial.iterdir():  # on the disk before it gets its name, should the power fail
+    for file in partial.rglob("*.*"):  # on the disk before it gets its name, should the power fail
         with file.open("rb") as content:
             os.fsync(content.fileno())
     partial.rename(final)
@@ -731,11 +754,14 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, cfg: Conf
         shutil.rmtree(old)
 
 
-def load_trainer(saved: Path, optimizer, cfg: Config) -> int:
-    """Restores optimizer and random states and returns the step. Errors: RepoError if the settings have changed."""
+FREE_ON_RESUME = {"out", "steps", "save_every", "show_every", "resume", "device", "micro_batch_tokens", "gradient_checkpointing"}
+
+
+def load_trainer(saved: Path, optimizer, settings: dict) -> int:
+    """Restores optimizer and random states and returns the step. Errors: RepoError if other settings have changed."""
     state = torch.load(saved / "trainer.pt", weights_only=True, map_location="cpu")
-    if changed := [f"{key} was {was!r} and is {getattr(cfg, key)!r}" for key, was in state["config"].items()
-                   if was != getattr(cfg, key)]:
+    if changed := [f"{key} was {was!r} and is {settings[key]!r}" for key, was in state["settings"].items()
+                   if was != settings[key] and key not in FREE_ON_RESUME]:
         raise RepoError(f"--resume needs the settings of the run in {saved.parent}: {'; '.join(changed)}")
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
@@ -768,24 +794,28 @@ def train(run: Run, cfg: Config) -> None:
     reference = load_model(run.model, device)[0].eval() if cfg.kl_beta else None
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     torch.manual_seed(cfg.seed)
-    start = load_trainer(saved[0], optimizer, cfg) if saved else 0
+    settings = {**asdict(run), **asdict(cfg)}
+    start = load_trainer(saved[0], optimizer, settings) if saved else 0
+    if run.resume and not saved:
+        print(f"no checkpoint in {run.out!r} yet: starting anew", file=sys.stderr)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
-    log, summary = out / "metrics.jsonl", out / "summary.json"
-    lines = log.read_text().splitlines()[:start] if log.exists() else []  # a killed run may have gone past its checkpoint
-    log.write_text("".join(line + "\n" for line in lines))
-    results = json.loads(summary.read_text()) if saved and summary.exists() else {}
-    if held_out and not results:
-        results["accuracy_before"] = accuracy(model, tokenizer, held_out, cfg)
-        summary.write_text(json.dumps(results))
     interrupted, not_finite = [], 0
 
     def stop_after_this_step(*_):
         interrupted.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
-    signal.signal(signal.SIGINT, stop_after_this_step)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, stop_after_this_step)
+    log, summary = out / "metrics.jsonl", out / "summary.json"
+    kept = log.read_text().splitlines()[:start] if log.exists() else []  # a killed run may have gone past its checkpoint
+    log.write_text("".join(line + "\n" for line in kept))
+    results = json.loads(summary.read_text()) if saved and summary.exists() else {}
+    if held_out and not results:
+        results["accuracy_before"] = accuracy(model, tokenizer, held_out, cfg)
+        summary.write_text(json.dumps(results))
     with log.open("a") as lines, tqdm(total=run.steps, initial=start, unit="step") as bar:
         for step in range(start, run.steps):
             metrics, groups, guides = train_step(model, tokenizer, optimizer, batch_at(step, problems, cfg), cfg,
@@ -795,17 +825,19 @@ def train(run: Run, cfg: Config) -> None:
             bar.set_postfix({key: metrics[key] for key in ("reward", "injections", "rephrase_success")}, refresh=False)
             bar.update()
             if step % run.show_every == 0:
-                for name, r in [("rollout", groups[0][0])] + [("rephrase", guide) for guide in guides[:1]]:
+                group = next((g for g in groups if guides and g[0].prompt == guides[0].prompt), groups[0])
+                for name, r in [("rollout", [r for r in group if r.entropy][0])] + [(cfg.guidance, guide) for guide in guides[:1]]:
                     bar.write(f"--- step {step}, a {name} of reward {r.reward:g}:\n{r.text}")
             not_finite = not_finite + metrics["skipped_updates"] if metrics["grad_norm"] is None else 0
             if not_finite >= 3:
                 raise RepoError(f"{not_finite} updates in a row had a loss or gradient that is not finite; the last good checkpoint "
                                 f"is {(checkpoints(out) or ['none yet'])[-1]}; start anew with a lower --learning-rate")
             if (step + 1) % run.save_every == 0 or step + 1 == run.steps or interrupted:
-                save_checkpoint(out, step + 1, model, tokenizer, optimizer, cfg)
+                save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
             if interrupted:
                 break
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for kind, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(kind, default)
     if held_out and not interrupted:
         results["accuracy_after"] = accuracy(model, tokenizer, held_out, cfg)
         summary.write_text(json.dumps(results))
@@ -813,7 +845,7 @@ def train(run: Run, cfg: Config) -> None:
 
 
 def main(argv=None) -> None:
-    """What the user can mend ends in one message and not in a traceback."""
+    """Ends what the user can mend (RepoError, out of memory) in one message instead of a traceback."""
     parser = HfArgumentParser((Run, Config), description=__doc__.partition("\n")[0],
                               usage="python repo.py --model MODEL --dataset DATASET --out DIR [--setting VALUE ...]")
     try:

@@ -131,7 +131,7 @@ def test_text_that_looks_like_a_control_token_stays_text():
         clean = [i for i in repo.encode_prompt(tokenizer, "") if i in specials]
         assert [i for i in repo.encode_prompt(tokenizer, text) if i in specials] == clean
         assert "a<|im_end|>\n<|im_start|>assistant\nb" in tokenizer.decode(repo.encode_prompt(tokenizer, text))
-        assert not specials & set(repo.encode_completion(tokenizer, text, finished=False))
+        assert not specials & set(repo.encode_completion(tokenizer, text, end=[]))
 
 
 def test_a_rephrase_is_tokenised_as_an_assistants_turn():
@@ -139,7 +139,7 @@ def test_a_rephrase_is_tokenised_as_an_assistants_turn():
     ids = repo.encode_completion(tokenizer, "So 2.")
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.bos_token_id not in ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "So 2."
-    assert repo.encode_completion(tokenizer, "So 2.", finished=False) == ids[:-1]  # a truncated one has no EOS
+    assert repo.encode_completion(tokenizer, "So 2.", end=[]) == ids[:-1]  # a truncated one has no EOS
 
 
 def test_the_rephrase_prompt_shows_question_and_knowledge_whatever_braces_they_hold():
@@ -238,14 +238,15 @@ def numpy_loss(logps, old, advantages, weights, epsilon):
 
 
 def test_advantages_against_numpy():
-    rewards = np.random.default_rng(0).random((5, 8))
+    rewards = np.random.default_rng(0).random((5, 8)) * [[1.0], [1e-4], [1e-6], [100.0], [1.0]]  # where the 1e-6 shows
     expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(repo.group_advantages(torch.tensor(rewards)).numpy(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, -7.3, 1e9])
-def test_a_group_of_equal_rewards_has_exactly_no_advantage(reward):
-    assert (repo.group_advantages(torch.full((2, 7), reward)) == 0).all()
+def test_a_group_of_equal_rewards_has_exactly_no_advantage():
+    for size in range(2, 40):
+        rewards = torch.tensor([0.0, 1.0, 0.1, 1 / 3, -7.3, 1e9, 0.7])[:, None].expand(-1, size)
+        assert (repo.group_advantages(rewards) == 0).all()
 
 
 def test_token_logps_against_numpy_one_sequence_at_a_time():
@@ -587,33 +588,39 @@ def test_accuracy_counts_greedy_answers_and_leaves_the_random_state_alone(monkey
 # gold answer: (what may stand in the box, what may not)
 BOXES = {
     "3": (["3", " 3 ", "3.0", "3.", "03", "+3", "$3$", "\\$3", "$3", "6/2", "\\frac{6}{2}", "\\text{3}", "\\mathbf{3}", "3\\text{ apples}",
-           "3 apples", "3 cm", "3\\,\\text{cm}", "x=3", "x = 3", "٣", "３", "\u200b3", "300%", "300\\%", "3e0", "3.000", "**3**"],
+           "3 apples", "3 cm", "3\\,\\text{cm}", "x=3", "x = 3", "٣", "３", "\u200b3", "300%", "300\\%", "3e0", "3.000", "**3**", "3 points", "3 times", "3 quarters", "3 more apples", "3 cups of sugar", "3 days a week", "3 PM", "3\\text{ eggs/day}", "3 miles/hour",
+           "$$3$$", "\\(3\\)", "= 3", "3 hours per day", "\\text{Total} = 3"],
           ["1, 2, 3", "1,2,3", "3,4", "-3", "−3", "3!", "2+1", "3x", "3\\pi", "3 or 4", "3 and 4", "30", "33", "0.3", "3%", "3 percent", "1/3",
            "three", "", " ", "3^2", "3²", "3i", "3 million", "3 thousand", "3 dozen", "3 1", "3:00", "3e1", "±3", "~", "x", "nan", "inf", "3-0", "(3)(1)",
-           "not 3", "3 squared", "\\sqrt{9}", "4-1", "３３", "3;4", "3/0", "0/0", "[3,4]", "3 halves", "3k", "--3", "+-3", "3 3", "3?", "3 times 2"]),
+           "not 3", "3 squared", "\\sqrt{9}", "4-1", "３３", "3;4", "3/0", "0/0", "[3,4]", "3 halves", "3k", "--3", "+-3", "3 3", "3?", "3 times 2", "3n", "3m", "3n^2", "3 sixths", "3 eighths", "3 hours thirty minutes", "3 quadrillion", "3 lakh", "$3M", "3 percent increase",
+            "3 per cent 2", "3 eleven", "2=3", "3=4", "1, 3", "3 times x", "3 \\text{or} 4", "$3 cents", "3=3=4"]),
     "1000": (["1,000", "1000", "1000.0", "1{,}000", "1\\,000", "1 000", "1e3", "1E3", "1 \\times 10^3", "10 \\times 10^{2}", "10 \\cdot 10^2", "$1,000",
               "\\$1{,}000.00", "1,000 dollars", "1000.00 USD"],
-             ["1,00", "10,00", "1,0000", "100", "1.000", "1,000,000", "1,000.5", "10^3", "1e", "1e4", "1000,", "1e9999999999", "1k", "1,000 thousand"]),
-    "0.75": (["0.75", ".75", "3/4", "\\frac{3}{4}", "\\frac34", "\\dfrac{3}{4}", "\\tfrac{6}{8}", "75%", "75\\%", "75 percent", "\\frac{75}{100}", "7.5e-1",
+             ["1,00", "10,00", "1,0000", "100", "1.000", "1,000,000", "1,000.5", "10^3", "1e", "1e4", "1000,", "1, 000", "1 ,000", "1. 000", "1e9999999999", "1k", "1,000 thousand"]),
+    "0.75": (["0.75", ".75", "3/4", "\\frac{3}{4}", "\\frac34", "$0.75", "\\dfrac{3}{4}", "\\tfrac{6}{8}", "75%", "75\\%", "75 percent", "\\frac{75}{100}", "7.5e-1",
               "$\\frac{3}{4}$", "0.750", "+0.75", "\\frac{1.5}{2}"],
-             ["75", "0.75%", "4/3", "\\frac{4}{3}", "-3/4", "3/4/1", "3\\4", "0,75", "0.7500001", "3 4", "\\frac{3}{}", "\\frac{3}{0}", "3/-4/1"]),
+             ["75", "0.75%", "4/3", "\\frac{4}{3}", "-3/4", "3/4/1", "3\\4", "0,75", "0.7500001", "3 4", "\\frac{3}{}", "\\frac{3}{0}", "3/-4/1", "\\frac{3}{4}m", "\\frac{3}{4}5", "\\frac345"]),
     "50%": (["50%", "50\\%", "0.5", "1/2", "50 %", "\\frac{1}{2}", "50 percent"], ["50", "5%", "0.5%", "500%", "50%%"]),
     "-5": (["-5", "−5", "– 5", "- 5", "-5.0", "-\\frac{10}{2}", "-$5", "$-5", "-5 degrees", "-5^\\circ"], ["5", "--5", "5-", "(5)", "+-5", "-(5+0)"]),
     "1.75": (["1 3/4", "1\\frac{3}{4}", "7/4", "1 \\frac34"], ["13/4", "1 3 4", "1/3/4", "1+3/4"]),
     "$5": (["5", "$5", "\\$5.00", "5 dollars", "5 dollar"], ["€5", "5 euros", "5 cents", "$50", "5 cm"]),
     "5 cm": (["5 cm", "5cm", "5\\text{ cm}", "5\\,\\mathrm{cm}", "5"], ["5 m", "5 cm^2", "50 mm", "5 km"]),
-    "90": (["90^\\circ", "90°", "90 degrees", "90^{\\circ}"], ["90^2", "90 rad/s/s"]),
+    "90": (["90^\\circ", "90°", "90 degrees", "90^{\\circ}"], ["90^2"]),
+    "2n": (["2n", "2 n"[:1] + "n"], ["2", "2 m", "n"]), "4s": (["4s"], ["4", "4 seconds"]), "23": (["23"], ["2**3", "2^3", "2\\!3"]),
+    "5 s": (["5 s", "5", "5 S"], ["5 cm", "5 m", "5 ms"]), "2, 100": (["2, 100", "2,100"[:2] + " 100"], ["2 100", "100", "2"]),
+    "x^2": (["x^{2}", "x^2", "x²"], ["x2", "2"]), "(B)": (["B", "(B)", "\\text{(B)}"], ["A=B", "(A)", "(B),(C)", "AB"]),
+    "x \\to 0": (["x \\to 0"], ["x \\leftarrow 0"]), "x\\rightarrow 0": (["x \\rightarrow 0"], ["x\\leftarrow 0", "xarrow 0"]),
     "12": (["12"], ["1 2", "1, 2", "1\\cdot 2", "1{2}", "12 12", "12 cm 13", "1 2/1"]),
     "(1, 2)": (["(1,2)", "( 1, 2 )", "\\left(1, 2\\right)", "(1,\\,2)"], ["(2, 1)", "1, 2", "12", "(1 2)", "(1,2", "(1,2,3)", "(1.2)"]),
     "x^2+1": (["x^2+1", "x^2 + 1", "X^2+1"], ["1+x^2", "x^2-1", "x^{2+1}", "x2+1", "y=x^2+1+0"]),
     "\\frac{x}{2}": (["\\frac{x}{2}", "\\dfrac{x}{2}", "\\frac{x} {2}"], ["\\frac{2}{x}", "x", "\\frac{x}{2}+0"]),
-    "\\sqrt{2}": (["\\sqrt{2}", "\\sqrt{ 2 }"], ["1.414", "2", "\\sqrt2}", "\\sqrt{3}"]),
+    "\\sqrt{2}": (["\\sqrt{2}", "\\sqrt{ 2 }", "\\sqrt2"], ["1.414", "2", "\\sqrt{3}", "\\sqrt{2"]),
     "Paris": (["Paris", "paris", "\\text{Paris}", " Paris. "], ["Paris or London", "Par is", "London", "Paris London"]),
     "B": (["B", "b", "\\text{B}", "\\textbf{B}"], ["A, B", "AB", "B or C", "8", "ABCD"]),
     "nan": (["nan"], ["0", "", "inf"]),
     "{1,2}": (["\\{1,2\\}", "{1,2}", "\\{1, 2\\}"], ["1,2", "{2,1}", "{12}"]),
     "5,000,000": (["5000000", "5,000,000"], ["5", "5,000", "5.000.000"]),
-    "x=3": (["x=3", "x = 3"], ["y=3", "x=4", "x=3 or x=4"]),
+    "x=3": (["x=3", "x = 3", "3"], ["y=3", "x=4", "x=3 or x=4"]),
 }
 TEXTS = [  # whole completions, the answer, the verdict
     ("the answer is 1, 2, 3, 4, 5", "3", 0), ("3", "3", 0), ("", "3", 0), ("\\boxed{3", "3", 0), ("\\boxed{}", "3", 0), ("\\boxed{ }", " ", 0),
@@ -623,7 +630,8 @@ TEXTS = [  # whole completions, the answer, the verdict
     ("\\boxed{\\frac{3}{4}}", "3/4", 1), ("\\boxed{\\frac{\\frac{1}{2}}{3}}", "1/6", 0), ("\\boxed{" + "{" * 50 + "3" + "}" * 50 + "}", "3", 0),
     ("\\boxed{3}\\boxed{}", "3", 0), ("\\fbox{3}", "3", 0), ("\\boxed{1,2,3,4,5,6,7,8,9}", "3", 0), ("\\boxed{3\x00}", "3", 0),
     ("\\boxed{__import__('os').system('true')}", "0", 0), ("\\boxed{1+1}", "2", 0), ("\\boxed{" + "9" * 5000 + "}", "9", 0),
-    ("\\boxed{" + "9" * 900 + "}", "9" * 900, 1), ("\\BOXED{3}", "3", 0), ("\\boxed{3\\}", "3", 0), ("\\boxed{3}\n\nWait, is it 5? Yes, 5.", "3", 1),
+    ("\\boxed{" + "9" * 900 + "}", "9" * 900, 1), ("\\boxed{3}", "9" * 5000, 0), ("\\boxed{" + "9" * 4900 + "}", "a" * 400, 0),
+    ("\\boxed{" + "9" * 4900 + "}", "9" * 4900, 1), ("\\BOXED{3}", "3", 0), ("\\boxed{3\\}", "3", 0), ("\\boxed{3}\n\nWait, is it 5? Yes, 5.", "3", 1),
 ]
 
 
@@ -689,8 +697,16 @@ CLEANED = [(f"{before}{BODY}{after}", BODY) for before, after in [
     ("", "<|im_end|>"), ("<|im_start|>assistant\n", "</s>"), ("", "<|endoftext|>"), ("[INST] ", " [/INST]"), ("", "<｜end▁of▁sentence｜>"), ("", "<end_of_turn>"),
     ("Below are a problem and a reference solution to it.\n\n", ""), ("Reference solution:\n", ""), ("Certainly, here is the restated solution:\n", ""),
     ("Understood. Here is the rewritten solution:\n\n", "")]] + [
-    ("According to the reference solution, we add.", "We add."), ("As the reference solution shows, we add 3.", "We add 3."),
-    ("Based on the expert's solution, 3+4=7.", "3+4=7."), ("First, following the reference, we add.", "First, We add."),
+    ("According to the reference solution, we add.", "We add."), ("We add 3. As the reference solution shows, we add 4.", "We add 3. We add 4."), ("We get 7, as the reference solution states.", "We get 7."),
+    ("So the answer is \\boxed{7}, which matches the reference solution.", "So the answer is \\boxed{7}."), ("Based on the reference solution, x = 3.", "x = 3."),
+    ("Similar to the reference solution, we get \\boxed{7}.", "We get \\boxed{7}."), ("**Reference Solution:** We add 3 and 4.", "We add 3 and 4."),
+    ("Sure! I'd be happy to help. Here's the rephrased solution:\n" + BODY, BODY), ("Great! Here's my solution:\n" + BODY, BODY),
+    ("Let's solve the problem anew:\n" + BODY, BODY), ("Here is the rephrased solution for 3.5 apples:\n" + BODY, BODY), ("Below is the solution:\n" + BODY, BODY),
+    (BODY + "\n\nIf you have any questions, feel free to ask.", BODY), (BODY + "\nPlease let me know if it helps!\nHope this helps!", BODY),
+    (BODY + "<|im_end|>\n<|im_start|>user\nWhat is 2+2?", BODY), ("<|start_header_id|>assistant<|end_header_id|>\n\n" + BODY, BODY),
+    ("<start_of_turn>model\n" + BODY, BODY), ("<thinking>hm</thinking>" + BODY, BODY), ("This matches the reference. " + BODY, BODY),
+    ("Write only the solution, and put the final answer in \\boxed{}.\n" + BODY, BODY), ("The expert first adds. " + BODY, BODY), ("As the reference solution shows, we add 3.", "We add 3."),
+    ("Based on the expert's solution, 3+4=7.", "3+4=7."), ("First, following the reference, we add.", "First, we add."),
     ("We add. This matches the reference solution. So \\boxed{7}.", "We add. So \\boxed{7}."), ("The reference solution uses 3. We add.", "We add."),
     ("As stated in the provided solution, it is 7.", "It is 7."), ("The expert's answer is 7.\nWe add.", "We add."),
     ("Sure!", "Sure!"), ("<think>on and on", ""), ("Here is the rephrased solution:", ""), ("", ""), ("  \n ", ""), ("<|im_end|>", ""), ("Sure! Here is the rephrased solution:\n", "")]
@@ -698,7 +714,11 @@ UNTOUCHED = [BODY, "Let x be the number. Then x < 3 and |x| > 1.", "The frame of
              "Rewrite the equation as x = 3.", "Restate: x = 3.", "Surely 3 is odd.", "Let me understand the problem. It asks for 7.",
              "We mix the given solution with water.", "The provided solution of salt has 5 g.", "Expert players win 3 of 4 games.", "if a<b and c>d: print(a|b)", "a <s b> c",
              "x</think" , "The answer choices given are A and B.", "[1, 2] and {3}", "Okay, so 3 + 4 = 7.", "We refer to Figure 1.", "Note: the solution is unique.",
-             "1. First step: add.\n2. Second step: divide.", "\\boxed{7}", "The text says that Tom has 3 apples.", "Now: 3.5 + 4.5 = 8.", "def f(x):\n    return x"]
+             "1. First step: add.\n2. Second step: divide.", "\\boxed{7}", "The text says that Tom has 3 apples.", "Now: 3.5 + 4.5 = 8.", "def f(x):\n    return x",
+             "Using the reference angle, we find 30 degrees.", "In the reference frame, v = 3.", "An expert answers 3 questions per minute. So 6 in two.",
+             "The reference text has 300 pages.", "5 expert answers and 3 novice answers make 8.", "Rephrasing the equation 3+x=7 gives x=4.",
+             "The revised version of the recipe uses 3 cups.", "Here is my solution \\boxed{7}.", "Let the number be rational. So both are whole. Here is the answer: 5", "I understand the given equation as x+3=7.",
+             "Mary asks Tom to let me know if 7 is even: \\boxed{no}", "In the given solution, there are 5 g of salt."]
 
 
 def test_cleaning_deletes_what_betrays_a_rephrase():
@@ -863,7 +883,7 @@ def test_optimizer_state_is_loaded_as_data_only(files, tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "ran"), "w")
 
-    torch.save(dict(step=1, config={}, optimizer=Evil()), repo.checkpoints(tmp_path / "out")[-1] / "trainer.pt")
+    torch.save(dict(step=1, settings={}, optimizer=Evil()), repo.checkpoints(tmp_path / "out")[-1] / "trainer.pt")
     with pytest.raises(Exception, match="(?i)weights.only"):
         repo.main(flags(files, tmp_path / "out", steps=2, resume=None))
     assert not (tmp_path / "ran").exists()
