@@ -278,7 +278,9 @@ def mean_std(values) -> str:
     values = [v for v in values if v is not None]
     if not values:
         return "-"
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    if 0 < min(values) == max(values) < 0.005:  # a learning rate
+        return f"{values[0]:g}"
+    return f"{statistics.mean(values) + 0.0:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def table(results: list[dict], columns: dict[str, str], markdown: bool = False) -> str:
@@ -363,16 +365,17 @@ EFFECTS = {"hard": "hard", "general": "general", "rephrase rate": "rephrase_rate
            "last 10": "injections_last10", "gap rephrase": "policy_gap_rephrase", "divergence": "divergence"}
 
 
-def compare(seeds: list[int], world_seed: int, folder: Path, device: str, markdown: bool, results: list) -> None:
+def compare(args, folder: Path, results: list) -> None:
     """Every rival at its best learning rate over all seeds, then RePO's ablations; tables and curves at the end."""
-    trials, ablated = [], []
-    run_jobs([replace(job, world_seed=world_seed, seed=1000, name=name, settings=dict(learning_rate=rate))
+    trials, ablated, seeds, device, markdown = [], [], args.seeds, args.device, args.markdown
+    fit = lambda job, **changes: replace(job, world_seed=args.world_seed[0], steps=job.steps * args.steps // STEPS, **changes)
+    run_jobs([fit(job, seed=1000, name=name, settings=dict(learning_rate=rate))
               for name, job in RIVALS.items() for rate in GRID], folder, device, trials)
     best = {name: max((t["summary"] for t in trials if t["summary"]["name"] == name), key=lambda t: t["hard"] + t["general"])["learning_rate"]
             for name in RIVALS}
-    run_jobs([replace(job, world_seed=world_seed, seed=seed, name=name, settings=dict(learning_rate=best[name]))
+    run_jobs([fit(job, seed=seed, name=name, settings=dict(learning_rate=best[name]))
               for name, job in RIVALS.items() for seed in seeds], folder, device, results)
-    run_jobs([replace(job, world_seed=world_seed, seed=seed, name=name)
+    run_jobs([fit(job, seed=seed, name=name)
               for name, (job, _) in ABLATIONS.items() for seed in seeds[:2]], folder, device, ablated)
     print("\n" + table(results, CLAIMS, markdown) + "\n\n" + table(ablated, EFFECTS, markdown) + "\n")
     for name, (_, teaches) in ABLATIONS.items():
@@ -555,7 +558,7 @@ def main(argv=None) -> None:
                 for world_seed in args.world_seed for seed in args.seeds for method in args.methods]
         try:
             if args.compare:
-                compare(args.seeds, args.world_seed[0], Path(folder), args.device, args.markdown, results)
+                compare(args, Path(folder), results)
             else:
                 run_jobs(jobs, Path(folder), args.device, results)
         except KeyboardInterrupt:
