@@ -41,6 +41,7 @@ class RepoError(ValueError):
 
 
 def check(name: str, value, holds: bool, must_be: str) -> None:
+    """Errors: RepoError naming the setting, its value and what it must be, unless that holds."""
     if not holds:
         raise RepoError(f"{name} is {value!r}; it must be {must_be}")
 
@@ -105,10 +106,11 @@ class Config:
             check(name, value(name), 0 < value(name) < math.inf, "a finite number above 0")
         for name in ("kl_beta", "weight_decay", "seed"):
             check(name, value(name), 0 <= value(name) < math.inf, "a finite number, 0 or more")
-        for name, slots in (("question_prompt", ["{question}"]), ("rephrase_prompt", ["{question}", "{knowledge}"])):
-            check(name, value(name), all(slot in value(name) for slot in slots), f"a template that holds {' and '.join(slots)}")
-        for f in fields(self):
-            check(f.name, value(f.name), value(f.name) in (get_args(f.type) or [value(f.name)]), f"one of {', '.join(map(str, get_args(f.type)))}")
+        for name in ("question_prompt", "rephrase_prompt"):
+            check(name, value(name), "{question}" in value(name), "a template that holds {question}")
+        check("rephrase_prompt", self.rephrase_prompt, "{knowledge}" in self.rephrase_prompt, "a template that holds {knowledge}")
+        for name, allowed in ((f.name, get_args(f.type)) for f in fields(self) if get_args(f.type)):
+            check(name, value(name), value(name) in allowed, f"one of {', '.join(allowed)}")
 
 
 @dataclass
@@ -132,7 +134,6 @@ def mean(values) -> Optional[float]:
 
 
 # --------------------------------------------------------------------------------------------- 1. rollout: sampling
-
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of the user's turn `text` and the start of the assistant's; a plain prompt without a chat template.
@@ -211,7 +212,7 @@ def sample(model, prompts: list[list[int]], num_samples: int, max_new_tokens: in
 
 
 def complete(model, tokenizer, turns: list[str], num_samples: int, cfg: Config, temperature: float) -> list[Rollout]:
-    """`num_samples` completions of the answer to each user's turn, as rollouts without a reward yet."""
+    """`num_samples` completions of the assistant's answer to each user's turn, as rollouts without a reward yet."""
     prompts = [encode_prompt(tokenizer, turn) for turn in turns]
     drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, end_ids(model, tokenizer)) if turns else []
     texts = tokenizer.batch_decode([ids for ids, _, _ in drawn], skip_special_tokens=True)
@@ -220,7 +221,6 @@ def complete(model, tokenizer, turns: list[str], num_samples: int, cfg: Config, 
 
 
 # ------------------------------------------------------------------------------ 2. rephrase: P(q,k) and the cleaning
-
 
 def fill(template: str, **slots: str) -> str:
     """The template with each {name} replaced in one pass: braces in what is filled in mean nothing."""
@@ -261,8 +261,9 @@ def clean_rephrase(text: str, template: str = REPHRASE_PROMPT) -> str:
 
     Gone are thinking, control tokens written as text and what follows them, sentences of the instruction, the
     preamble ("Sure, here is the rephrased solution:"), farewells, and mentions of a reference: the clause where the
-    sentence stands without it, else the sentence, unless it holds the answer: as far as the patterns see. Other text stays as it is, but for
-    blanks around it; nothing left means a failed rephrase. That meta text goes is the paper's, the patterns are ours.
+    sentence stands without it, else the sentence, unless it holds the answer. Other text stays as it is, but for blanks
+    around it; nothing left means a failed rephrase. Deleting meta text is the paper's, the patterns are ours: they know
+    the usual wordings, not all.
     """
     for tag in ("think", "thinking", "thought", "reasoning"):
         text = text.rpartition(f"</{tag}>")[2].partition(f"<{tag}>")[0]
@@ -416,7 +417,6 @@ def rephrase(model, tokenizer, problems: list[dict], prompts: list[list[int]], c
 
 # --------------------------------------------------------------------------------- 3. injection: gate and replacement
 
-
 def gate_opens(rewards: list[float], fail_threshold: float, gate_threshold: float) -> bool:
     """γ_fail ≥ ρ, where γ_fail is the share of a group's rewards below δ (paper; the values of δ and ρ are ours)."""
     return sum(r < fail_threshold for r in rewards) / len(rewards) >= gate_threshold
@@ -435,7 +435,6 @@ def replace_worst(group: list[Rollout], guide: Rollout, verify: bool = True) -> 
 
 
 # ----------------------------------------------------------------------------------------------------- 4. the update
-
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = (R_i - mean R) / (std R + 1e-6) in each group: rewards [N, G] -> advantages [N, G].
@@ -550,7 +549,6 @@ def update(model, optimizer, rollouts: list[Rollout], cfg: Config, reference=Non
 
 # ------------------------------------------------------------------------------------------------- the algorithm box
 
-
 @torch.no_grad()
 def mean_logp(model, rollouts: list[Rollout], cfg: Config) -> Optional[float]:
     """The policy gap of these texts: log π(o_t | q, o_<t) at T, mean over all their tokens, in nats; None without texts."""
@@ -621,7 +619,6 @@ def accuracy(model, tokenizer, problems: list[dict], cfg: Config, reward_fn: Rew
 
 
 # --------------------------------------------------------------- the command line: a real model, real data, one device
-
 
 @dataclass(frozen=True)
 class Run:

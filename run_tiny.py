@@ -36,7 +36,7 @@ WORDS = ("Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Li
 CONFIG = repo.Config(batch_size=32, group_size=4, gate_threshold=0.75, max_new_tokens=24, learning_rate=3e-4,
                      question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
 STEPS = 100
-GRID = (1e-4, 3e-4, 1e-3)  # the learning rates that --compare tries for each method
+GRID = (3e-5, 1e-4, 3e-4, 1e-3)  # the learning rates that --compare tries for each method
 
 
 # ------------------------------------------------------------------------------------------------------- the world
@@ -224,7 +224,7 @@ def run_job(job: Job, folder: Path, device: str, threads: int = 0) -> dict:
     for step in tqdm(range(job.steps), desc=f"{job.name or job.method}, seed {job.seed}", unit="step", disable=bool(threads)):
         metrics, _, _ = step_fn(model, tokenizer, optimizer, repo.batch_at(step, problems, cfg), cfg, update_fn=update_fn)
         schedule.step()
-        due = (step + 1) % max(1, job.steps // 12) == 0
+        due = (step + 1) % max(1, job.steps // 10) == 0
         history.append(dict(method=job.method, name=job.name, seed=job.seed, world_seed=job.world_seed, step=step, **metrics,
                             **{kind: measure(kind, PROBES) if due else None for kind in held_out}))
     end = {kind: measure(kind, 300) for kind in held_out}
@@ -298,7 +298,7 @@ def table(results: list[dict], columns: dict[str, str], markdown: bool = False) 
                      for row in rows)
 
 
-def curve(results: list[dict], name: str, key: str, points: int = 12) -> list[float]:
+def curve(results: list[dict], name: str, key: str, points: int = 10) -> list[float]:
     """The metric over the run in `points` equal parts, averaged over the runs of that name; what is missing is left out."""
     runs = [result["history"] for result in results if result["summary"]["name"] == name]
     size = max(1, len(runs[0]) // points)
@@ -351,13 +351,14 @@ def save(results: list[dict], out: Path) -> None:
 RIVALS = {"SFT": Job("sft"), "SFT, ten times the steps": Job("sft", steps=10 * STEPS), "GRPO": Job("grpo"),
           "verbatim injection": Job("verbatim"), "LUFFY": Job("luffy"), "RePO": Job("repo")}
 ABLATIONS = {  # a change of RePO, and what it teaches
-    "RePO": (Job("repo"), "the measure for the others"),
-    "ρ = 0.5": (Job("repo", settings=dict(gate_threshold=0.5)), "the gate closes later: more guidance than it takes"),
-    "ρ = 1.0": (Job("repo", settings=dict(gate_threshold=1.0)), "the gate closes at the first success in a group"),
-    "no verification": (Job("repo", settings=dict(verify=False)), "wrong rephrases enter, but without reward above the others"),
-    "rephrase scored under P(q,k)": (Job("leak"), "the hint leaks: the policy learns to copy, not to know"),
-    "four updates a batch": (Job("repo", settings=dict(updates_per_batch=4)), "the clip is at work"),
-    "learning rate × 8": (Job("repo", settings=dict(learning_rate=8 * CONFIG.learning_rate)), "the rephrase skill goes first, and with it the injections"),
+    "RePO": (Job("repo"), "ρ = 0.75: the measure for the others"),
+    "ρ = 0.5": (Job("repo", settings=dict(gate_threshold=0.5)), "guidance goes on after it is needed"),
+    "ρ = 1.0": (Job("repo", settings=dict(gate_threshold=1.0)), "guidance for a question ends at the first success in its group"),
+    "no verification": (Job("repo", settings=dict(verify=False)), "an insurance: it matters as far as rephrases are wrong (see the rephrase rate)"),
+    "rephrase scored under P(q,k)": (Job("leak"), "the hint leaks: the policy learns to copy it, the gate stays open, and book 3 is never learnt"),
+    "four updates a batch": (Job("repo", settings=dict(updates_per_batch=4)), "the clip is at work, and the rephrase skill suffers first"),
+    "learning rate × 8": (Job("repo", settings=dict(learning_rate=8 * CONFIG.learning_rate)),
+                          "the rephrase skill is lost, so nothing is injected any more, and general ability with it"),
 }
 CLAIMS = {"hard": "hard", "general": "general", "gap expert": "policy_gap_expert", "gap rephrase": "policy_gap_rephrase",
           "worst entropy": "worst_entropy", "worst gradient": "worst_grad_norm", "divergence": "divergence", "learning rate": "learning_rate"}
@@ -396,7 +397,7 @@ def mermaid(title: str, series: dict[str, list[float]]) -> str:
     low, high = (f(min(0.0, *map(min, series.values())), 1.0 * max(map(max, series.values()))) for f in (min, max))
     drawn = "\n".join(f"    line [{', '.join(f'{value:.3f}' for value in values)}]" for values in series.values() if len(values) == longest)
     kept = [name for name, values in series.items() if len(values) == longest]
-    return (f'```mermaid\nxychart-beta\n    title "{title} ({", ".join(kept)})"\n    x-axis "part of the run" 1 --> {longest}\n'
+    return (f'```mermaid\nxychart-beta\n    title "{title} ({", ".join(kept)})"\n    x-axis "tenth of the run" 1 --> {longest}\n'
             f'    y-axis "" {low:.2f} --> {max(high, low + 1e-3):.2f}\n{drawn}\n```')
 
 
@@ -508,7 +509,7 @@ def bench(device: str, steps: int = 20) -> None:
               f"at the measured {bandwidth / 1e12:.2f} TB/s")
 
     print("RePO's step over GRPO's, by the share of open gates")
-    guided = replace(cfg, guidance="rephrase", verify=False, max_new_tokens=cfg.max_new_tokens, rephrase_prompt="{question}?{knowledge}")
+    guided = replace(cfg, guidance="rephrase")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         calls = []
 
@@ -521,18 +522,26 @@ def bench(device: str, steps: int = 20) -> None:
             calls.clear()
             repo.train_step(model, tokenizer, optimizer, problems, guided, reward_fn)
 
-        print(f"  {share:4.0%}   {median_seconds(guided_step, steps):.3f} s   {median_seconds(guided_step, steps) / seconds:.2f}")
+        guided_seconds = median_seconds(guided_step, steps)
+        print(f"  {share:4.0%}   {guided_seconds:.3f} s   {guided_seconds / seconds:.2f}")
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
+def integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer; seeds are 0, 1, 2, ...") from None
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--methods", nargs="+", default=["grpo", "repo"], choices=["repo", "grpo", "verbatim", "luffy", "sft"])
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of training [0; with --compare 0 1 2 3 4]")
+    parser.add_argument("--seeds", nargs="+", type=integer, help="seeds of training [0; with --compare 0 1 2 3 4]")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps [{STEPS}]")
-    parser.add_argument("--world-seed", nargs="+", type=int, default=[0], help="seed of the codebooks, or several [0]")
+    parser.add_argument("--world-seed", nargs="+", type=integer, default=[0], help="seed of the codebooks, or several [0]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda ... [CUDA where there is one]")
     parser.add_argument("--out", type=Path, help="folder for metrics.jsonl and summary.json")
     parser.add_argument("--compare", action="store_true", help="all five methods and RePO's ablations, in two tables (15 minutes)")

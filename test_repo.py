@@ -70,8 +70,8 @@ def random_rollouts(count=6, vocab=300, seed=0) -> list[Rollout]:
 
 
 def weigh(rollouts, aggregation="sequence"):
-    for r, r.weight in zip(rollouts, repo.token_weights([len(r.completion) for r in rollouts], aggregation)):
-        pass
+    for r, weight in zip(rollouts, repo.token_weights([len(r.completion) for r in rollouts], aggregation)):
+        r.weight = weight
 
 
 class Recorder(torch.optim.SGD):
@@ -891,18 +891,18 @@ def test_optimizer_state_is_loaded_as_data_only(files, tmp_path):
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(files, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        repo.main(flags(files, tmp_path / name, seed=seed))
+        repo.main(flags(files, tmp_path / name, seed=seed, device="cpu"))  # CUDA sums in no fixed order
     assert sum(row["grad_norm"] is not None for row in lines(tmp_path / "a")) >= 2 and any(row["injections"] for row in lines(tmp_path / "a"))
     assert same_run(tmp_path / "a", tmp_path / "b") and lines(tmp_path / "a") != lines(tmp_path / "c")
 
 
 def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path):
-    repo.main(flags(files, tmp_path / "whole", steps=6, eval_split="train[:3]"))
-    repo.main(flags(files, tmp_path / "parts", steps=3, save_every=2, eval_split="train[:3]"))
+    repo.main(flags(files, tmp_path / "whole", steps=6, eval_split="train[:3]", device="cpu"))
+    repo.main(flags(files, tmp_path / "parts", steps=3, save_every=2, eval_split="train[:3]", device="cpu"))
     with (tmp_path / "parts/metrics.jsonl").open("a") as log:
         log.write('{"step": 3, "half a li')  # what a killed run may leave
     (tmp_path / "parts/partial").mkdir()
-    repo.main(flags(files, tmp_path / "parts", steps=6, save_every=2, eval_split="train[:3]", resume=None))
+    repo.main(flags(files, tmp_path / "parts", steps=6, save_every=2, eval_split="train[:3]", resume=None, device="cpu", micro_batch_tokens=5000))
     assert same_run(tmp_path / "whole", tmp_path / "parts") and len(repo.checkpoints(tmp_path / "parts")) == 1
     assert json.loads((tmp_path / "whole/summary.json").read_text()) == json.loads((tmp_path / "parts/summary.json").read_text())
 
@@ -911,8 +911,9 @@ def test_resuming_with_other_settings_or_into_a_used_folder_is_refused(files, tm
     repo.main(flags(files, tmp_path / "out", steps=1))
     with pytest.raises(SystemExit, match="holds a run already"):
         repo.main(flags(files, tmp_path / "out", steps=1))
-    with pytest.raises(SystemExit, match="seed was 0 and is 1"):
-        repo.main(flags(files, tmp_path / "out", steps=2, seed=1, resume=None))
+    for change, message in ((dict(seed=1), "seed was 0 and is 1"), (dict(split="train[:4]"), "split was 'train' and is")):
+        with pytest.raises(SystemExit, match=message):
+            repo.main(flags(files, tmp_path / "out", steps=2, resume=None, **change))
 
 
 def test_a_folder_that_cannot_be_written_or_is_too_full_is_reported_before_training(files, tmp_path, monkeypatch):
@@ -1010,3 +1011,39 @@ def test_the_world_is_drawn_from_its_seed_and_its_texts_survive_the_tokenizer():
         assert tokenizer.decode(repo.encode_completion(tokenizer, text), skip_special_tokens=True) == text
         assert repo.clean_rephrase(text, run_tiny.CONFIG.rephrase_prompt) == text
     assert repo.boxed_reward(p["knowledge"], p["answer"]) == 1.0
+
+
+@pytest.mark.parametrize("wrong, message", [(["--methods", "ppo"], "invalid choice: 'ppo' .*repo.*grpo"), (["--seeds", "one"], "'one' is no integer"),
+                                            (["--steps", "0"], "--steps is 0")])
+def test_an_unknown_method_or_seed_is_refused_with_what_is_possible(wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        run_tiny.main(wrong)
+    assert __import__("re").search(message, capsys.readouterr().err)
+
+
+def test_the_baselines_run_and_report_the_same_keys(tmp_path):
+    """LUFFY, SFT, verbatim injection and the hint leak for a few steps, their tables and their curves."""
+    run_tiny.run_job(run_tiny.Job("grpo", steps=1), tmp_path, DEVICE)
+    results = [run_tiny.run_job(run_tiny.Job(method, steps=3), tmp_path, DEVICE) for method in ("sft", "luffy", "verbatim", "leak")]
+    keys = ("method seed world_seed hard general base_hard base_general rephrase_rate injections_first10 injections_last10 policy_gap_expert "
+            "policy_gap_rephrase seconds_per_step").split()
+    for result in results:
+        assert set(keys) <= set(result["summary"]) and len(result["history"]) == 3
+    assert results[1]["summary"]["injections_first10"] == run_tiny.CONFIG.batch_size  # LUFFY puts the expert into every group
+    assert "luffy" in run_tiny.table(results, run_tiny.CLAIMS, markdown=True) and "line [" in run_tiny.mermaid("t", {"a": [0.1, 0.2]})
+
+
+def test_luffy_weighs_expert_tokens_by_shaped_probability_and_leaves_the_rest_to_the_clip():
+    model, rollouts = tiny_model(scale=5.0), random_rollouts(4)
+    for r in rollouts[1:]:
+        r.sampled_logps = [0.0] * len(r.completion)
+    optimizer = Recorder(model.parameters(), lr=0.0)
+    run_tiny.luffy_update(model, optimizer, rollouts, replace(CFG, max_grad_norm=1e9))
+    model.zero_grad()
+    objective = 0.0
+    for i, r in enumerate(rollouts):
+        logps = repo.token_logps(model, [r], 1.0)
+        shaped = logps.exp() / (logps.exp() + 0.1) if i == 0 else (logps - logps.detach()).exp()
+        objective = objective - r.weight * r.advantage * shaped.sum()
+    objective.backward()
+    torch.testing.assert_close(optimizer.seen, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-3, atol=2e-3 if DEVICE == "cuda" else 1e-6)
