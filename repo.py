@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Callable, Literal, Optional, get_args
 
 import torch
-from datasets import load_dataset
+from datasets import get_dataset_config_names, load_dataset
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -627,7 +627,7 @@ class Run:
     model: str = field(metadata={"help": "hub name or local folder of any causal language model (safetensors)"})
     dataset: str = field(metadata={"help": "hub name, or a local .json, .jsonl, .csv or .parquet file"})
     out: str = field(metadata={"help": "folder for metrics.jsonl, summary.json and the checkpoint"})
-    subset: Optional[str] = setting(None, "the dataset's configuration")
+    subset: Optional[str] = setting(None, "the dataset's configuration; main, where there is one, if not given")
     split: str = setting("train", "split to train on, also a slice: train[:1000]")
     eval_split: Optional[str] = setting(None, "split for the held-out accuracy before and after, also a slice")
     question_column: str = setting("question", "column of the question")
@@ -664,8 +664,11 @@ def load_problems(run: Run, split: str) -> list[dict]:
     """The split as dicts of question, knowledge and answer. A record without readable answer is left out, and counted."""
     reader = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(run.dataset).suffix)
     try:
-        data = (load_dataset(reader, data_files=run.dataset, split=split) if reader
-                else load_dataset(run.dataset, run.subset, split=split))
+        if reader:
+            data = load_dataset(reader, data_files=run.dataset, split=split)
+        else:  # GSM8K has two configurations and no default
+            subset = run.subset or ("main" if "main" in get_dataset_config_names(run.dataset) else None)
+            data = load_dataset(run.dataset, subset, split=split)
     except Exception as error:
         raise RepoError(f"the dataset {run.dataset!r} ({split}) cannot be loaded: {error}\ngive a hub name with --subset "
                         "and --split, or a .json, .jsonl, .csv or .parquet file") from error
@@ -754,6 +757,13 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, settings:
 FREE_ON_RESUME = {"out", "steps", "save_every", "show_every", "resume", "device", "micro_batch_tokens", "gradient_checkpointing"}
 
 
+def write_whole(file: Path, text: str) -> None:
+    """The file's new content, or after a kill its old one, and never half of it."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
 def load_trainer(saved: Path, optimizer, settings: dict) -> int:
     """Restores optimizer and random states and returns the step. Errors: RepoError if other settings have changed."""
     state = torch.load(saved / "trainer.pt", weights_only=True, map_location="cpu")
@@ -808,11 +818,11 @@ def train(run: Run, cfg: Config) -> None:
         signal.signal(kind, stop_after_this_step)
     log, summary = out / "metrics.jsonl", out / "summary.json"
     kept = log.read_text().splitlines()[:start] if log.exists() else []  # a killed run may have gone past its checkpoint
-    log.write_text("".join(line + "\n" for line in kept))
+    write_whole(log, "".join(line + "\n" for line in kept))
     results = json.loads(summary.read_text()) if saved and summary.exists() else {}
     if held_out and not results:
         results["accuracy_before"] = accuracy(model, tokenizer, held_out, cfg)
-        summary.write_text(json.dumps(results))
+        write_whole(summary, json.dumps(results))
     with log.open("a") as lines, tqdm(total=run.steps, initial=start, unit="step") as bar:
         for step in range(start, run.steps):
             metrics, groups, guides = train_step(model, tokenizer, optimizer, batch_at(step, problems, cfg), cfg,
@@ -837,7 +847,7 @@ def train(run: Run, cfg: Config) -> None:
         signal.signal(kind, default)
     if held_out and not interrupted:
         results["accuracy_after"] = accuracy(model, tokenizer, held_out, cfg)
-        summary.write_text(json.dumps(results))
+        write_whole(summary, json.dumps(results))
     print_table(log, results)
 
 

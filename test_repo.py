@@ -807,6 +807,18 @@ def test_every_file_format_and_own_columns(suffix, tmp_path):
     assert repo.load_problems(run, "train") == [dict(question="a?", knowledge="since a", answer="1"), dict(question="b?", knowledge="since b", answer="2")]
 
 
+def test_a_dataset_folder_with_configurations_as_the_hub_keeps_gsm8k(files, tmp_path):
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "train.jsonl", [dict(question=f"{name}?", answer="so\n#### 1")])
+        write_rows(tmp_path / name / "test.jsonl", [dict(question=f"{name} test?", answer="so\n#### 2")])
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train.jsonl\n  - split: test\n    path: {name}/test.jsonl\n"
+        for name in ("main", "socratic")) + "---\n")
+    load = lambda split, **more: repo.load_problems(repo.Run("m", str(tmp_path), "o", **more), split)[0]["question"]
+    assert (load("train"), load("test"), load("train", subset="socratic")) == ("main?", "main test?", "socratic?")
+
+
 def test_answers_that_cannot_be_read_are_counted_and_left_out(tmp_path, capsys):
     write_rows(tmp_path / "d.jsonl", [dict(question="a?", answer="no mark"), dict(question="b?", answer="so\n#### 4"), dict(question="c?", answer="####  "),
                                       dict(question="d?", answer=None), dict(question="e?", answer="so \\boxed{7}")])
