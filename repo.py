@@ -422,6 +422,12 @@ def gate_opens(rewards: list[float], fail_threshold: float, gate_threshold: floa
     return sum(r < fail_threshold for r in rewards) / len(rewards) >= gate_threshold
 
 
+def open_gates(groups: list[list[Rollout]], cfg: Config) -> list[int]:
+    """The numbers of the groups whose gate is open; none for guidance = "none"."""
+    return [n for n, group in enumerate(groups) if cfg.guidance != "none"
+            and gate_opens([r.reward for r in group], cfg.fail_threshold, cfg.gate_threshold)]
+
+
 def replace_worst(group: list[Rollout], guide: Rollout, verify: bool = True) -> bool:
     """Puts `guide` in the place of the group's lowest reward, the first among equals; True if it did.
 
@@ -452,6 +458,16 @@ def token_weights(lengths: list[int], aggregation: str) -> list[float]:
     Fixed before micro-batches are cut and zero-advantage groups dropped, so that neither can change the gradient.
     """
     return [1 / (sum(lengths) if aggregation == "token" else len(lengths) * length) for length in lengths]
+
+
+def set_advantages(groups: list[list[Rollout]], cfg: Config) -> list[Rollout]:
+    """Gives each rollout of the final groups its advantage and its tokens' weight; returns them all."""
+    rollouts = [r for group in groups for r in group]
+    advantages = group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
+    weights = token_weights([len(r.completion) for r in rollouts], cfg.loss_aggregation)
+    for r, advantage, weight in zip(rollouts, advantages.flatten().tolist(), weights):
+        r.advantage, r.weight = advantage, weight
+    return rollouts
 
 
 def token_logps(model, rollouts: list[Rollout], temperature: float) -> torch.Tensor:
@@ -568,35 +584,29 @@ def train_step(model, tokenizer, optimizer, problems: list[dict], cfg: Config, r
     model.eval()  # dropout between sampling, old and new log-probabilities would move the ratio away from 1
     clock = [time.perf_counter()]
 
-    groups = rollout(model, tokenizer, problems, cfg, reward_fn)  # 1. o_1..o_G ~ π(·|q)
-    drawn = [r for group in groups for r in group]  # what the policy wrote, before any replacement
+    groups = rollout(model, tokenizer, problems, cfg, reward_fn)  # 1. o_1..o_G ~ π(·|q), R(o_i)
+    drawn = [r for group in groups for r in group]  # as the policy wrote them, before any replacement
     clock.append(time.perf_counter())
 
-    opened = [n for n, group in enumerate(groups) if cfg.guidance != "none"
-              and gate_opens([r.reward for r in group], cfg.fail_threshold, cfg.gate_threshold)]  # γ_fail ≥ ρ
-    asked, prompts = [problems[n] for n in opened], [groups[n][0].prompt for n in opened]
-    experts = [as_rollout(tokenizer, q, p["knowledge"], checked_reward(reward_fn, p["knowledge"], p))
-               for p, q in zip(asked, prompts)]
-    rephrases = rephrase(model, tokenizer, asked, prompts, cfg, reward_fn) if cfg.guidance == "rephrase" else []  # 2.
+    opened = open_gates(groups, cfg)  # 3. γ_fail ≥ ρ, asked before 2. so that closed gates cost nothing
+    prompts, asked = [groups[n][0].prompt for n in opened], [problems[n] for n in opened]
+    experts = [as_rollout(tokenizer, q, p["knowledge"], checked_reward(reward_fn, p["knowledge"], p)) for q, p in zip(prompts, asked)]
+    rephrases = rephrase(model, tokenizer, asked, prompts, cfg, reward_fn) if cfg.guidance == "rephrase" else []  # 2. o_rep
     guides = rephrases if cfg.guidance == "rephrase" else experts
-    injected = [bool(guide and replace_worst(groups[n], guide, cfg.verify)) for n, guide in zip(opened, guides)]  # 3.
+    injections = sum(bool(guide) and replace_worst(groups[n], guide, cfg.verify) for n, guide in zip(opened, guides))  # 3.
     rephrases = [r for r in rephrases if r]
     gaps = {"policy_gap/expert": mean_logp(model, experts, cfg), "policy_gap/rephrase": mean_logp(model, rephrases, cfg)}
     clock.append(time.perf_counter())
 
-    final = [r for group in groups for r in group]
-    advantages = group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))  # 4. A_i
-    weights = token_weights([len(r.completion) for r in final], cfg.loss_aggregation)
-    for r, advantage, weight in zip(final, advantages.flatten().tolist(), weights):
-        r.advantage, r.weight = advantage, weight
-    updated = update_fn(model, optimizer, final, cfg, reference)  # max J
+    final = set_advantages(groups, cfg)  # 4. A_i
+    updated = update_fn(model, optimizer, final, cfg, reference)  # 4. max J
     clock.append(time.perf_counter())
 
     sample_s, rephrase_s, update_s = (end - start for start, end in zip(clock, clock[1:]))
     tokens = lambda rollouts: sum(len(r.completion) for r in rollouts)
     return {
         "reward": mean(r.reward for r in drawn), "fail_rate": mean(r.reward < cfg.fail_threshold for r in drawn),
-        "injections": sum(injected), "rephrase_success": mean(bool(g and g.reward >= cfg.fail_threshold) for g in guides),
+        "injections": injections, "rephrase_success": mean(bool(g and g.reward >= cfg.fail_threshold) for g in guides),
         **gaps, "entropy": mean(x for r in drawn for x in r.entropy),
         "frac_reward_zero_std": mean(len({r.reward for r in group}) == 1 for group in groups),
         "completions/mean_length": tokens(drawn) / len(drawn),
