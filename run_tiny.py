@@ -36,7 +36,7 @@ WORDS = ("Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Li
 CONFIG = repo.Config(batch_size=32, group_size=4, gate_threshold=0.75, max_new_tokens=24, learning_rate=3e-4,
                      question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
 STEPS = 100
-GRID = (3e-5, 1e-4, 3e-4, 1e-3)  # the learning rates that --compare tries for each method
+GRID = (1e-4, 3e-4, 1e-3)  # the learning rates that --compare tries for each method
 
 
 # ------------------------------------------------------------------------------------------------------- the world
@@ -374,14 +374,18 @@ def compare(args, folder: Path, results: list) -> None:
               for name, job in RIVALS.items() for rate in GRID], folder, device, trials)
     best = {name: max((t["summary"] for t in trials if t["summary"]["name"] == name), key=lambda t: t["hard"] + t["general"])["learning_rate"]
             for name in RIVALS}
-    run_jobs([fit(job, seed=seed, name=name, settings=dict(learning_rate=best[name]))
-              for name, job in RIVALS.items() for seed in seeds], folder, device, results)
+    entries = [(name, job, best[name]) for name, job in RIVALS.items()]
+    entries += [(f"{name} at RePO's rate", RIVALS[name], best["RePO"]) for name in ("verbatim injection", "LUFFY")  # where a
+                if best[name] != best["RePO"]]  # method never learns, its best rate is the one that does least
+    run_jobs([fit(job, seed=seed, name=name, settings=dict(learning_rate=rate))
+              for name, job, rate in entries for seed in seeds], folder, device, results)
     run_jobs([fit(job, seed=seed, name=name)
               for name, (job, _) in ABLATIONS.items() for seed in seeds[:2]], folder, device, ablated)
     print("\n" + table(results, CLAIMS, markdown) + "\n\n" + table(ablated, EFFECTS, markdown) + "\n")
     for name, (_, teaches) in ABLATIONS.items():
         print(f"{'- ' if markdown else ''}{name}: {teaches}")
-    shown = ["RePO", "GRPO", "verbatim injection", "LUFFY"]
+    present = {result["summary"]["name"] for result in results}
+    shown = [name for name in ("RePO", "GRPO", "verbatim injection at RePO's rate", "LUFFY at RePO's rate") if name in present]
     curves = [("hard accuracy, book 3", "hard", shown), ("general accuracy, books 1 and 2", "general", shown), ("injections a step", "injections", ["RePO"])]
     for title, key, names in curves:
         series = {name: curve(results, name, key) for name in names}
