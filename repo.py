@@ -487,7 +487,7 @@ def token_logps(model, rollouts: list[Rollout], temperature: float) -> torch.Ten
         return (logits.float() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
     with autocast(model):
-        logits = model(ids, use_cache=False, logits_to_keep=width - first + 1).logits[:, :-1]  # [B, C, V]
+        logits = model(ids[:, :-1], use_cache=False, logits_to_keep=width - first).logits  # [B, C, V]: position t - 1 predicts t
     few = max(1, 2**26 // logits[:, 0].numel())  # positions whose fp32 copy takes 256 MiB
     logps = [recompute(chosen, *part, use_reentrant=False, preserve_rng_state=False)
              for part in zip(logits.split(few, 1), ids[:, first:].split(few, 1))]

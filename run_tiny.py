@@ -420,7 +420,7 @@ def median_seconds(function, repeats: int = 20, warm: int = 3) -> float:
     return statistics.median(seconds[warm:])
 
 
-def bench_trl(model, tokenizer, turns, cfg, reward_fn, steps: int):
+def bench_trl(model, tokenizer, problems, cfg, reward_fn, steps: int):
     """Median seconds of TRL's GRPOTrainer step with transformers generation, on the same prompts; None without trl."""
     try:
         from trl import GRPOConfig, GRPOTrainer
@@ -433,58 +433,56 @@ def bench_trl(model, tokenizer, turns, cfg, reward_fn, steps: int):
             clock.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        args = GRPOConfig(output_dir=folder, per_device_train_batch_size=len(turns) * cfg.group_size, num_generations=cfg.group_size,
+        args = GRPOConfig(output_dir=folder, per_device_train_batch_size=len(problems) * cfg.group_size, num_generations=cfg.group_size,
                           max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature, learning_rate=cfg.learning_rate, beta=0.0,
                           loss_type="grpo", max_steps=steps + 4, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
                           bf16=model.device.type == "cuda", use_cpu=model.device.type == "cpu", gradient_checkpointing=False,
                           generation_kwargs=dict(min_new_tokens=cfg.max_new_tokens))
-        data = Dataset.from_list([dict(prompt=[dict(role="user", content=turn)]) for turn in turns])
-        score = lambda completions, **_: [reward_fn(c[0]["content"], "") for c in completions]
+        data = Dataset.from_list([dict(prompt=[dict(role="user", content=p["question"])], answer=p["answer"]) for p in problems])
+        score = lambda completions, answer, **_: [reward_fn(c[0]["content"], a) for c, a in zip(completions, answer)]
         GRPOTrainer(model, reward_funcs=score, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]).train()
     return statistics.median([end - start for start, end in zip(clock[3:], clock[4:])])
 
 
-def bench(device: str, steps: int = 20) -> None:
+def coin(text: str, answer: str) -> float:
+    """A reward without meaning that gives nearly every group a signal."""
+    return float(sum(map(ord, text)) % 2)
+
+
+def bench(device: str, folder: Path, steps: int = 20) -> None:
     """One GRPO step beside TRL's, the ways to sample, and what RePO adds; medians of `steps`, ratios within this run.
 
-    CPU: the miniature's model, 16 x 8 completions of 24 tokens. CUDA: random weights in Qwen2.5-0.5B's shape, 16 x 8 x 256.
-    No completion may end early, so that all write the same number of tokens.
+    CPU: the miniature's base policy, 16 x 8 completions of 24 tokens. CUDA: random weights in Qwen2.5-0.5B's shape, 16 x 8 x
+    256. No completion may end early, so that all write the same number of tokens.
     """
-    tokenizer, cuda = make_tokenizer(), device != "cpu"
-    repo.end_ids = lambda model, tokenizer: [-1]
-    cfg = replace(CONFIG, batch_size=16, group_size=8, max_new_tokens=256 if cuda else 24, guidance="none")
+    cuda, repo.end_ids = device != "cpu", lambda model, tokenizer: [-1]
+    cfg = replace(CONFIG, batch_size=16, group_size=8, max_new_tokens=256 if cuda else 24, guidance="none", learning_rate=1e-6)
+    world, model, tokenizer = base_policy(0, folder, device)
+    problems = world.problems("3", 8).to_list() + world.problems("12", 8).to_list()
     if cuda:
         torch.manual_seed(0)
+        problems = [{**p, "question": 16 * p["question"]} for p in problems]
         model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(
             vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-            max_position_embeddings=32_768, tie_word_embeddings=True, eos_token_id=1, bos_token_id=None, pad_token_id=0))
-    else:
-        model = make_model(tokenizer, 0)
-    model = model.to(device)
-    problems = World(0).problems("123", 16).to_list()
-    turns = [p["question"] * (16 if cuda else 1) for p in problems]
-    problems = [{**p, "question": turn} for p, turn in zip(problems, turns)]
-    by_length = lambda text, answer: float(sum(map(ord, text)) % 2)  # a coin, so that nearly every group has a signal
+            max_position_embeddings=32_768, tie_word_embeddings=True, eos_token_id=1, bos_token_id=None, pad_token_id=0)).to(device)
+    turns = [p["question"] for p in problems]
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, fused=True)
-    results = {}
-
-    def ours():
-        metrics, _, _ = repo.train_step(model, tokenizer, optimizer, problems, cfg, by_length)
-        results.setdefault("sample", []).append(metrics["seconds/sample"])
-        results.setdefault("update", []).append(metrics["seconds/update"])
-
-    peak = lambda: torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
-    seconds = median_seconds(ours, steps)
-    memory = peak()
-    print(f"one step, {len(turns)} x {cfg.group_size} x {cfg.max_new_tokens} tokens on {device}, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}")
-    print(f"  ours          {seconds:8.3f} s   of which sampling {statistics.median(results['sample']):.3f}, "
-          f"update {statistics.median(results['update']):.3f}" + (f"   peak {memory:.1f} GiB" if cuda else ""))
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    theirs = bench_trl(model, tokenizer, turns, cfg, by_length, steps)
-    print(f"  TRL           {theirs:8.3f} s   ours takes {seconds / theirs:.2f} of it" + (f"   peak {peak():.1f} GiB" if cuda else "")
-          if theirs else "  TRL           not installed (pip install trl)")
+    peak = lambda: f"   peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else ""
+    print(f"a GRPO step of {len(turns)} x {cfg.group_size} x {cfg.max_new_tokens} tokens on {device}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, transformers {transformers.__version__}")
+    for name, reward_fn in (("every group has a signal", coin), ("the miniature's reward", repo.boxed_reward))[:1 if cuda else 2]:
+        laps = []
+        step = lambda: laps.append(repo.train_step(model, tokenizer, optimizer, problems, cfg, reward_fn)[0])
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = median_seconds(step, steps)
+        part = lambda phase: statistics.median(lap[f"seconds/{phase}"] for lap in laps[3:])
+        print(f"  {name}\n    ours  {seconds:.3f} s, sampling {part('sample'):.3f}, update {part('update'):.3f}, "
+              f"groups without signal {laps[-1]['frac_reward_zero_std']:.0%}{peak()}")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        theirs = bench_trl(model, tokenizer, problems, cfg, reward_fn, steps)
+        print(f"    TRL   {theirs:.3f} s: ours takes {seconds / theirs:.2f} of it{peak()}" if theirs else "    TRL   not installed (pip install trl)")
 
     model.eval()
     prompts = [repo.encode_prompt(tokenizer, turn) for turn in turns]
@@ -512,7 +510,8 @@ def bench(device: str, steps: int = 20) -> None:
         print(f"  reading weights and cache once per token would take {cfg.max_new_tokens * bytes_a_token / bandwidth:.3f} s "
               f"at the measured {bandwidth / 1e12:.2f} TB/s")
 
-    print("RePO's step over GRPO's, by the share of open gates")
+    grpo = median_seconds(lambda: repo.train_step(model, tokenizer, optimizer, problems, cfg, coin), steps)
+    print("RePO's step over a GRPO step in which every group has a signal, by the share of open gates")
     guided = replace(cfg, guidance="rephrase")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         calls = []
@@ -527,7 +526,7 @@ def bench(device: str, steps: int = 20) -> None:
             repo.train_step(model, tokenizer, optimizer, problems, guided, reward_fn)
 
         guided_seconds = median_seconds(guided_step, steps)
-        print(f"  {share:4.0%}   {guided_seconds:.3f} s   {guided_seconds / seconds:.2f}")
+        print(f"  {share:4.0%}   {guided_seconds:.3f} s   {guided_seconds / grpo:.2f}")
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -562,14 +561,14 @@ def main(argv=None) -> None:
     args, started, results = parse_args(argv), time.perf_counter(), []
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if args.bench:
-        return bench(args.device)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         jobs = [Job(method, seed, world_seed, args.steps)
                 for world_seed in args.world_seed for seed in args.seeds for method in args.methods]
         try:
+            if args.bench:
+                return bench(args.device, Path(folder))
             if args.compare:
                 compare(args, Path(folder), results)
             else:

@@ -360,7 +360,7 @@ def test_logits_are_computed_only_where_completions_can_be_and_never_copied_to_f
             lambda t: (saved.__setitem__(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t):
         repo.token_logps(model, rollouts, 1.0)
     hook.remove()
-    assert seen[0].shape[1] == 7  # 46 positions, of which 40 prompt tokens are not needed, one more for the first
+    assert seen[0].shape[1] == 6  # of 46 positions: neither the first 39 of the prompt nor the last token predict a completion's token
     big = [t for t in saved.values() if t.shape[-1:] == (3000,) and t.untyped_storage().data_ptr() != seen[0].untyped_storage().data_ptr()
            and t.dim() > 2]
     assert not big, [t.shape for t in big]
