@@ -13,6 +13,7 @@ Read from top to bottom: settings, the steps in this order, `train_step` (the al
 the command line begins. Beside each choice stands whose it is; the paper's values are second-hand: no code is public.
 """
 
+import argparse
 import json
 import math
 import os
@@ -76,14 +77,14 @@ class Config:
     max_new_tokens: int = setting(512, "longest completion, in tokens (ours)")
     temperature: float = setting(1.0, "T; rollouts are drawn from, and scored under, softmax(logits / T) (ours)")
     guidance: Literal["rephrase", "none", "verbatim"] = setting(
-        "rephrase", "what an open gate lets in: a rephrase (RePO) or the expert's own text; none is GRPO, without a gate")
+        "rephrase", "what an open gate lets in: rephrase (RePO), verbatim (the expert's text) or none (GRPO)")
     fail_threshold: float = setting(0.5, "delta; a rollout with a reward below it has failed (ours)")
     gate_threshold: float = setting(1.0, "rho; the gate opens when at least this share of a group failed (ours)")
     verify: bool = setting(True, "inject only what is rewarded higher than the rollout it replaces (ours)")
     clip_epsilon: float = setting(0.2, "epsilon; the ratio is clipped to 1 - epsilon .. 1 + epsilon (ours)")
     kl_beta: float = setting(0.0, "beta of the KL term; at 0 no reference model is held in memory (ours)")
     loss_aggregation: Literal["sequence", "token"] = setting(
-        "sequence", "mean over each sequence, then over sequences (paper), or one mean over all tokens")
+        "sequence", "sequence: mean over each, then over all (paper); token: one mean over all tokens")
     updates_per_batch: int = setting(1, "optimizer steps on each batch of rollouts (ours)")
     learning_rate: float = setting(1e-6, "AdamW's learning rate, constant (paper)")
     weight_decay: float = setting(0.0, "AdamW's weight decay (ours)")
@@ -861,9 +862,16 @@ def train(run: Run, cfg: Config) -> None:
     print_table(log, results)
 
 
+class OneName(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows --group-size and not --group_size as well, which the parser also takes."""
+
+    def _format_action_invocation(self, action):
+        return action.option_strings[-1]
+
+
 def main(argv=None) -> None:
     """Ends what the user can mend (RepoError, out of memory) in one message instead of a traceback."""
-    parser = HfArgumentParser((Run, Config), description=__doc__.partition("\n")[0],
+    parser = HfArgumentParser((Run, Config), formatter_class=OneName, description=__doc__.partition("\n")[0],
                               usage="python repo.py --model MODEL --dataset DATASET --out DIR [--setting VALUE ...]")
     try:
         train(*parser.parse_args_into_dataclasses(argv))
