@@ -356,7 +356,7 @@ ABLATIONS = {  # a change of RePO, and what it teaches
     "ρ = 1.0": (Job("repo", settings=dict(gate_threshold=1.0)), "guidance for a question ends at the first success in its group"),
     "no verification": (Job("repo", settings=dict(verify=False)), "an insurance: it matters as far as rephrases are wrong (see the rephrase rate)"),
     "rephrase scored under P(q,k)": (Job("leak"), "the hint leaks: the policy learns to copy it, the gate stays open, and book 3 is never learnt"),
-    "four updates a batch": (Job("repo", settings=dict(updates_per_batch=4)), "the clip is at work, and the rephrase skill suffers first"),
+    "four updates a batch": (Job("repo", settings=dict(updates_per_batch=4)), "the clip is at work; as good as one update here"),
     "learning rate × 8": (Job("repo", settings=dict(learning_rate=8 * CONFIG.learning_rate)),
                           "the rephrase skill is lost, so nothing is injected any more, and general ability with it"),
 }
