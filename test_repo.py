@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
 import numpy as np
 import pytest
 import torch
+import tqdm
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
@@ -995,6 +997,10 @@ def test_killed_at_fifty_moments_a_run_still_ends_as_an_unbroken_one(files, tmp_
     steps, draw = 60, random.Random(0)
     more = dict(steps=steps, save_every=1, batch_size=1, group_size=2, device="cpu")
     torch.set_num_threads(1)  # forked children can have no more, and the sums must be the same
+    classes = [tqdm.std.tqdm]
+    for kind in classes:  # tqdm's lock is shared between processes: a killed child would keep it for ever
+        kind._lock = threading.RLock()
+        classes += kind.__subclasses__()
     repo.main(flags(files, tmp_path / "whole", **more))
     kills, context = 0, multiprocessing.get_context("fork" if DEVICE == "cpu" else "spawn")
     while kills < 50:
