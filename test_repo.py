@@ -1022,9 +1022,9 @@ def test_killed_at_fifty_moments_a_run_still_ends_as_an_unbroken_one(files, tmp_
 
 
 def test_the_headline_of_the_miniature(tmp_path):
-    """GRPO for ten steps, RePO for all: RePO learns the book that GRPO never does, and the injections fade."""
+    """On a shortened run: RePO learns the book that GRPO never does, and the injections fade."""
     grpo = run_tiny.run_job(run_tiny.Job("grpo", steps=10), tmp_path, DEVICE)["summary"]
-    rephrasing = run_tiny.run_job(run_tiny.Job("repo", steps=100), tmp_path, DEVICE)["summary"]
+    rephrasing = run_tiny.run_job(run_tiny.Job("repo", steps=60), tmp_path, DEVICE)["summary"]
     assert grpo["hard"] <= 0.02 and grpo["injections_first10"] == 0 and grpo["base_general"] > 0.9
     assert rephrasing["hard"] > 0.5 and rephrasing["general"] > 0.8
     assert rephrasing["injections_last10"] < 0.5 * rephrasing["injections_first10"]
