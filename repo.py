@@ -385,6 +385,8 @@ def checked_reward(reward_fn: RewardFn, text: str, problem: dict) -> float:
     return reward
 
 
+# ------------------------------------------------------------------------- steps 1 and 2 as a whole, with their rewards
+
 def rollout(model, tokenizer, problems: list[dict], cfg: Config, reward_fn: RewardFn) -> list[list[Rollout]]:
     """Step 1: o_1..o_G ~ π(·|q) with their rewards, a group for each problem."""
     turns = [fill(cfg.question_prompt, question=p["question"]) for p in problems]

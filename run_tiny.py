@@ -50,19 +50,23 @@ class World:
         self.books = {book: dict(zip(LETTERS, self.random.sample(LETTERS, 26))) for book in "123"}
 
     def problem(self, book: str) -> dict:
+        """Question, knowledge and answer for four random letters."""
         letters = self.random.choices(LETTERS, k=4)
         answer = [self.books[book][letter] for letter in letters]
         return dict(question=book + "".join(letters), knowledge=expert_style(letters, answer), answer="".join(answer))
 
     def problems(self, books: str, count: int) -> Dataset:
+        """`count` problems, each on one of `books`."""
         return Dataset.from_list([self.problem(self.random.choice(books)) for _ in range(count)])
 
 
 def own_style(letters, answer) -> str:
+    """The policy's chain of thought: each letter beside its image, a token each, and the boxed answer."""
     return "".join(f"{x}{y};" for x, y in zip(letters, answer)) + "\\boxed{" + "".join(answer) + "}"
 
 
 def expert_style(letters, answer) -> str:
+    """The same steps spelled in words that the policy never writes by itself."""
     spelled = "".join(WORDS[LETTERS.index(c)] + " " for pair in zip(letters, answer) for c in pair)
     return spelled + "\\boxed{" + "".join(answer) + "}"
 
@@ -367,23 +371,24 @@ EFFECTS = {"hard": "hard", "general": "general", "rephrase rate": "rephrase_rate
 
 def compare(args, folder: Path, results: list) -> None:
     """Every rival at its best learning rate over all seeds, then RePO's ablations; tables and curves at the end."""
-    trials, ablated, seeds, device, markdown = [], [], args.seeds, args.device, args.markdown
+    trials, seeds, device, markdown = [], args.seeds, args.device, args.markdown
+
     def fit(job: Job, rate: float, **changes) -> Job:
         return replace(job, world_seed=args.world_seed[0], steps=job.steps * args.steps // STEPS,
                        settings={**job.settings, "learning_rate": rate}, **changes)
 
-    run_jobs([fit(job, rate, seed=1000, name=name)
-              for name, job in RIVALS.items() for rate in GRID], folder, device, trials)
+    run_jobs([fit(job, rate, seed=1000, name=name) for name, job in RIVALS.items() for rate in GRID], folder, device, trials)
     best = {name: max((t["summary"] for t in trials if t["summary"]["name"] == name), key=lambda t: t["hard"] + t["general"])["learning_rate"]
             for name in RIVALS}
-    entries = [(name, job, best[name]) for name, job in RIVALS.items()]
-    entries += [(f"{name} at RePO's rate", RIVALS[name], best["RePO"]) for name in ("verbatim injection", "LUFFY")  # where a
-                if best[name] != best["RePO"]]  # method never learns, its best rate is the one that does least
-    run_jobs([fit(job, rate, seed=seed, name=name)
-              for name, job, rate in entries for seed in seeds], folder, device, results)
-    run_jobs([fit(job, best["RePO"] * (8 if "× 8" in name else 1), seed=seed, name=name)
-              for name, (job, _) in ABLATIONS.items() for seed in seeds[:2]], folder, device, ablated)
-    print("\n" + table(results, CLAIMS, markdown) + "\n\n" + table(ablated, EFFECTS, markdown) + "\n")
+    rivals = [(name, job, best[name]) for name, job in RIVALS.items()]
+    rivals += [(f"{name} at RePO's rate", RIVALS[name], best["RePO"]) for name in ("verbatim injection", "LUFFY")  # where a
+               if best[name] != best["RePO"]]  # method never learns, its best rate is the one that does least
+    changed = [(name, job, best["RePO"] * (8 if "× 8" in name else 1)) for name, (job, _) in ABLATIONS.items() if name != "RePO"]
+    run_jobs([fit(job, rate, seed=seed, name=name) for entries, part in ((rivals, seeds), (changed, seeds[:2]))
+              for name, job, rate in entries for seed in part], folder, device, results)
+    compared = [r for r in results if r["summary"]["name"] in [name for name, _, _ in rivals]]
+    ablated = [r for name in ABLATIONS for r in results if r["summary"]["name"] == name and r["summary"]["seed"] in seeds[:2]]
+    print("\n" + table(compared, CLAIMS, markdown) + "\n\n" + table(ablated, EFFECTS, markdown) + "\n")
     for name, (_, teaches) in ABLATIONS.items():
         print(f"{'- ' if markdown else ''}{name}: {teaches}")
     present = {result["summary"]["name"] for result in results}
@@ -535,6 +540,7 @@ def bench(device: str, folder: Path, steps: int = 20) -> None:
 
 
 def integer(text: str) -> int:
+    """A seed of the command line. Errors: ArgumentTypeError naming what was given."""
     try:
         return int(text)
     except ValueError:
@@ -542,6 +548,7 @@ def integer(text: str) -> int:
 
 
 def parse_args(argv=None):
+    """The flags. What is unknown or cannot work ends the program with what is possible."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--methods", nargs="+", default=["grpo", "repo"], choices=["repo", "grpo", "verbatim", "luffy", "sft"])
     parser.add_argument("--seeds", nargs="+", type=integer, help="seeds of training [0; with --compare 0 1 2 3 4]")
@@ -560,6 +567,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None) -> None:
+    """Ctrl-C ends with the report of the runs that are finished."""
     args, started, results = parse_args(argv), time.perf_counter(), []
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -1,5 +1,6 @@
 """Every place where code of this family goes wrong, pinned. `pytest` runs the fast tests, `pytest -m "slow or not slow"` all."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -32,6 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(__file__).parent
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+torch.set_num_threads(1)  # no slower on models this small, steady on a busy machine, and all that a forked child can have
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -996,7 +998,6 @@ def test_killed_at_fifty_moments_a_run_still_ends_as_an_unbroken_one(files, tmp_
     """The run is in a child process that is ended by SIGKILL; after fifty kills it is left to finish."""
     steps, draw = 60, random.Random(0)
     more = dict(steps=steps, save_every=1, batch_size=1, group_size=2, device="cpu")
-    torch.set_num_threads(1)  # forked children can have no more, and the sums must be the same
     classes = [tqdm.std.tqdm]
     for kind in classes:  # tqdm's lock is shared between processes: a killed child would keep it for ever
         kind._lock = threading.RLock()
@@ -1021,10 +1022,16 @@ def test_killed_at_fifty_moments_a_run_still_ends_as_an_unbroken_one(files, tmp_
 # ---------------------------------------------------------------------------------------------------------- the miniature
 
 
-def test_the_headline_of_the_miniature(tmp_path):
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder that keeps the base policy of world 0 once a test has trained it."""
+    return tmp_path_factory.mktemp("world")
+
+
+def test_the_headline_of_the_miniature(world):
     """On a shortened run: RePO learns the book that GRPO never does, and the injections fade."""
-    grpo = run_tiny.run_job(run_tiny.Job("grpo", steps=10), tmp_path, DEVICE)["summary"]
-    rephrasing = run_tiny.run_job(run_tiny.Job("repo", steps=60), tmp_path, DEVICE)["summary"]
+    grpo = run_tiny.run_job(run_tiny.Job("grpo", steps=10), world, DEVICE)["summary"]
+    rephrasing = run_tiny.run_job(run_tiny.Job("repo", steps=60), world, DEVICE)["summary"]
     assert grpo["hard"] <= 0.02 and grpo["injections_first10"] == 0 and grpo["base_general"] > 0.9
     assert rephrasing["hard"] > 0.5 and rephrasing["general"] > 0.8
     assert rephrasing["injections_last10"] < 0.5 * rephrasing["injections_first10"]
@@ -1048,16 +1055,29 @@ def test_an_unknown_method_or_seed_is_refused_with_what_is_possible(wrong, messa
     assert __import__("re").search(message, capsys.readouterr().err)
 
 
-def test_the_baselines_run_and_report_the_same_keys(tmp_path):
+def test_the_baselines_run_and_report_the_same_keys(world):
     """LUFFY, SFT, verbatim injection and the hint leak for a few steps, their tables and their curves."""
-    run_tiny.run_job(run_tiny.Job("grpo", steps=1), tmp_path, DEVICE)
-    results = [run_tiny.run_job(run_tiny.Job(method, steps=3), tmp_path, DEVICE) for method in ("sft", "luffy", "verbatim", "leak")]
+    results = [run_tiny.run_job(run_tiny.Job(method, steps=3), world, DEVICE) for method in ("sft", "luffy", "verbatim", "leak")]
     keys = ("method seed world_seed hard general base_hard base_general rephrase_rate injections_first10 injections_last10 policy_gap_expert "
             "policy_gap_rephrase seconds_per_step").split()
     for result in results:
         assert set(keys) <= set(result["summary"]) and len(result["history"]) == 3
     assert results[1]["summary"]["injections_first10"] == run_tiny.CONFIG.batch_size  # LUFFY puts the expert into every group
     assert "luffy" in run_tiny.table(results, run_tiny.CLAIMS, markdown=True) and "line [" in run_tiny.mermaid("t", {"a": [0.1, 0.2]})
+
+
+def test_the_command_ends_with_charts_examples_and_table_and_writes_both_files(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_tiny.tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext(world))
+    run_tiny.main(["--methods", "repo", "verbatim", "--steps", "2", "--seeds", "3", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    for part in ("hard accuracy", "injections a step", "before  ", "after   ", "gap rephrase", "\nverbatim  0.00"):
+        assert part in shown
+    steps, runs = lines(tmp_path), json.loads((tmp_path / "summary.json").read_text())
+    assert [(m["method"], m["step"]) for m in steps] == [("repo", 0), ("repo", 1), ("verbatim", 0), ("verbatim", 1)]
+    assert [(r["method"], r["seed"], r["world_seed"]) for r in runs] == [("repo", 3, 0), ("verbatim", 3, 0)]
+    for run, (a, b) in zip(runs, (steps[:2], steps[2:])):
+        assert run["injections_first10"] == run["injections_last10"] == (a["injections"] + b["injections"]) / 2 > 0
+        assert run["policy_gap_expert"] == pytest.approx((a["policy_gap/expert"] + b["policy_gap/expert"]) / 2)
 
 
 def test_luffy_weighs_expert_tokens_by_shaped_probability_and_leaves_the_rest_to_the_clip():
