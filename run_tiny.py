@@ -415,16 +415,17 @@ def mermaid(title: str, series: dict[str, list[float]]) -> str:
 # --------------------------------------------------------------------------------- --bench: what a step costs, and where
 
 
-def median_seconds(function, repeats: int = 20, warm: int = 3) -> float:
-    """Median wall-clock seconds of `function`, the device's queue included."""
-    seconds = []
+def median_seconds(*functions, repeats: int = 20, warm: int = 3) -> list[float]:
+    """Median wall-clock seconds of each function, in turns so that a slow spell hits all; the device's queue included."""
+    seconds = [[] for _ in functions]
     for _ in range(warm + repeats):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[warm:])
+        for function, laps in zip(functions, seconds):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            laps.append(time.perf_counter() - start)
+    return [statistics.median(laps[warm:]) for laps in seconds]
 
 
 def bench_trl(model, tokenizer, problems, cfg, reward_fn, steps: int):
@@ -482,7 +483,7 @@ def bench(device: str, folder: Path, steps: int = 20) -> None:
         step = lambda: laps.append(repo.train_step(model, tokenizer, optimizer, problems, cfg, reward_fn)[0])
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = median_seconds(step, steps)
+        seconds, = median_seconds(step, repeats=steps)
         part = lambda phase: statistics.median(lap[f"seconds/{phase}"] for lap in laps[3:])
         print(f"  {name}\n    ours  {seconds:.3f} s, sampling {part('sample'):.3f}, update {part('update'):.3f}, "
               f"groups without signal {laps[-1]['frac_reward_zero_std']:.0%}{peak()}")
@@ -506,21 +507,18 @@ def bench(device: str, folder: Path, steps: int = 20) -> None:
     for name, way in ways.items():
         try:
             with torch.no_grad(), repo.autocast(model):
-                print(f"  {name:24}{median_seconds(way, min(steps, 10)):8.3f} s")
+                print(f"  {name:24}{median_seconds(way, repeats=min(steps, 10))[0]:8.3f} s")
         except Exception as error:
             print(f"  {name:24}does not run here: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
     if cuda:
         block = torch.empty(2**32, dtype=torch.uint8, device=device)
-        bandwidth = 2 * block.numel() / median_seconds(lambda: block.clone())
+        bandwidth = 2 * block.numel() / median_seconds(lambda: block.clone())[0]
         length = len(prompts[0]) + cfg.max_new_tokens / 2
         bytes_a_token = 2 * (model.num_parameters() + len(ids) * length * 24 * 2 * 2 * 64)
         print(f"  reading weights and cache once per token would take {cfg.max_new_tokens * bytes_a_token / bandwidth:.3f} s "
               f"at the measured {bandwidth / 1e12:.2f} TB/s")
 
-    grpo = median_seconds(lambda: repo.train_step(model, tokenizer, optimizer, problems, cfg, coin), steps)
-    print("RePO's step over a GRPO step in which every group has a signal, by the share of open gates")
-    guided = replace(cfg, guidance="rephrase")
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+    def step_with(share):  # a RePO step in which this share of the gates is open
         calls = []
 
         def reward_fn(text, answer):  # the rollouts come first, in order; what comes later is guidance
@@ -528,12 +526,18 @@ def bench(device: str, folder: Path, steps: int = 20) -> None:
             group, inside = divmod(len(calls) - 1, cfg.group_size)
             return 1.0 if group >= 16 else float(inside % 2) if group >= share * 16 else 0.0
 
-        def guided_step():
+        def step():
             calls.clear()
-            repo.train_step(model, tokenizer, optimizer, problems, guided, reward_fn)
+            repo.train_step(model, tokenizer, optimizer, problems, replace(cfg, guidance="rephrase"), reward_fn)
 
-        guided_seconds = median_seconds(guided_step, steps)
-        print(f"  {share:4.0%}   {guided_seconds:.3f} s   {guided_seconds / grpo:.2f}")
+        return step
+
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    grpo, *guided = median_seconds(lambda: repo.train_step(model, tokenizer, optimizer, problems, cfg, coin),
+                                   *map(step_with, shares), repeats=steps)
+    print("RePO's step over a GRPO step in which every group has a signal, by the share of open gates")
+    for share, seconds in zip(shares, guided):
+        print(f"  {share:4.0%}   {seconds:.3f} s   {seconds / grpo:.2f}")
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
