@@ -2,15 +2,15 @@
 
 For questions q, each with an expert's solution k (the off-policy knowledge) and a checkable answer a, one step is:
 
-    1. Rollout     o_1..o_G ~ π(·|q), rewards R(o_i)                           sample, boxed_reward
-    2. Rephrase    o_rep ~ π(·|P(q,k)): understand k, write it in own words    rephrase_prompt, clean_rephrase
+    1. Rollout     o_1..o_G ~ π(·|q), rewards R(o_i)                           rollout, sample, boxed_reward
+    2. Rephrase    o_rep ~ π(·|P(q,k)): understand k, write it in own words    rephrase, rephrase_prompt, clean_rephrase
     3. Injection   if the share of failed rollouts is ≥ ρ, o_rep takes the     gate_opens, replace_worst
                    place of the rollout with the lowest reward
     4. Update      group-relative advantages and the clipped policy gradient,  group_advantages, token_logps,
                    o_rep scored under the plain q, never under P(q,k)          policy_loss, update
 
-Read from top to bottom: settings, the steps in this order, `train_step` (the algorithm box). There the paper ends and
-the command line begins. Beside each choice stands whose it is; the paper's values are second-hand: no code is public.
+Read from top to bottom: settings, the steps, `train_step` (the algorithm box); there the paper ends and the command
+line begins. Beside each choice stands whose it is; the paper's values are second-hand: no code is public.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 import unicodedata
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Literal, Optional, get_args
@@ -41,10 +41,11 @@ class RepoError(ValueError):
     """Something given cannot work: the message says what was given, what is wrong with it and what to do."""
 
 
-def check(name: str, value, holds: bool, must_be: str) -> None:
+def check(settings, names: str, holds: Callable, must_be: str) -> None:
     """Errors: RepoError naming the setting, its value and what it must be, unless that holds."""
-    if not holds:
-        raise RepoError(f"{name} is {value!r}; it must be {must_be}")
+    for name in names.split():
+        if not holds(value := getattr(settings, name)):
+            raise RepoError(f"{name} is {value!r}; it must be {must_be}")
 
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -77,41 +78,37 @@ class Config:
     max_new_tokens: int = setting(512, "longest completion, in tokens (ours)")
     temperature: float = setting(1.0, "T; rollouts are drawn from, and scored under, softmax(logits / T) (ours)")
     guidance: Literal["rephrase", "none", "verbatim"] = setting(
-        "rephrase", "what an open gate lets in: rephrase (RePO), verbatim (the expert's text) or none (GRPO)")
+        "rephrase", "what an open gate lets in: rephrase (paper), or, ours, verbatim (the expert's text) or none (GRPO)")
     fail_threshold: float = setting(0.5, "delta; a rollout with a reward below it has failed (ours)")
     gate_threshold: float = setting(1.0, "rho; the gate opens when at least this share of a group failed (ours)")
     verify: bool = setting(True, "inject only what is rewarded higher than the rollout it replaces (ours)")
     clip_epsilon: float = setting(0.2, "epsilon; the ratio is clipped to 1 - epsilon .. 1 + epsilon (ours)")
     kl_beta: float = setting(0.0, "beta of the KL term; at 0 no reference model is held in memory (ours)")
     loss_aggregation: Literal["sequence", "token"] = setting(
-        "sequence", "sequence: mean over each, then over all (paper); token: one mean over all tokens")
+        "sequence", "sequence: mean over each, then over all (paper); token: one mean over all tokens (ours)")
     updates_per_batch: int = setting(1, "optimizer steps on each batch of rollouts (ours)")
     learning_rate: float = setting(1e-6, "AdamW's learning rate, constant (paper)")
     weight_decay: float = setting(0.0, "AdamW's weight decay (ours)")
     max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm (ours)")
-    micro_batch_tokens: int = setting(16384, "tokens with padding in one forward and backward pass (memory only)")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    micro_batch_tokens: int = setting(16384, "tokens with padding in one forward and backward pass; memory only (ours)")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower (ours)")
     question_prompt: str = setting(QUESTION_PROMPT, "the user's turn that asks the plain question q (ours)")
-    rephrase_prompt: str = setting(REPHRASE_PROMPT, "P(q,k), the user's turn that asks for a rephrase (ours)")
-    seed: int = setting(0, "seed of the sampling and of the order of the questions")
+    rephrase_prompt: str = setting(
+        REPHRASE_PROMPT, "P(q,k), the user's turn that asks for a rephrase; its sentences are deleted from the answer (ours)")
+    seed: int = setting(0, "seed of the sampling and of the order of the questions (ours)")
 
     def __post_init__(self):
         """Refuses what cannot work before anything is done. Errors: RepoError."""
-        value = lambda name: getattr(self, name)
-        check("group_size", self.group_size, self.group_size >= 2, "at least 2, as advantages compare the rollouts of a group")
-        check("gate_threshold", self.gate_threshold, 0 <= self.gate_threshold <= 1, "from 0 to 1, a share of the group")
-        check("fail_threshold", self.fail_threshold, math.isfinite(self.fail_threshold), "a finite number")
-        for name in ("batch_size", "max_new_tokens", "updates_per_batch", "micro_batch_tokens"):
-            check(name, value(name), value(name) >= 1, "at least 1")
-        for name in ("temperature", "clip_epsilon", "learning_rate", "max_grad_norm"):
-            check(name, value(name), 0 < value(name) < math.inf, "a finite number above 0")
-        for name in ("kl_beta", "weight_decay", "seed"):
-            check(name, value(name), 0 <= value(name) < math.inf, "a finite number, 0 or more")
-        for name in ("question_prompt", "rephrase_prompt"):
-            check(name, value(name), "{question}" in value(name), "a template that holds {question}")
-        check("rephrase_prompt", self.rephrase_prompt, "{knowledge}" in self.rephrase_prompt, "a template that holds {knowledge}")
+        check(self, "group_size", lambda v: v >= 2, "at least 2, as advantages compare the rollouts of a group")
+        check(self, "gate_threshold", lambda v: 0 <= v <= 1, "from 0 to 1, a share of the group")
+        check(self, "fail_threshold", math.isfinite, "a finite number")
+        check(self, "batch_size max_new_tokens updates_per_batch micro_batch_tokens", lambda v: v >= 1, "at least 1")
+        check(self, "temperature clip_epsilon learning_rate max_grad_norm", lambda v: 0 < v < math.inf, "finite and above 0")
+        check(self, "kl_beta weight_decay seed", lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+        check(self, "question_prompt rephrase_prompt", lambda v: "{question}" in v, "a template that holds {question}")
+        check(self, "rephrase_prompt", lambda v: "{knowledge}" in v, "a template that holds {knowledge}")
         for name, allowed in ((f.name, get_args(f.type)) for f in fields(self) if get_args(f.type)):
-            check(name, value(name), value(name) in allowed, f"one of {', '.join(allowed)}")
+            check(self, name, allowed.__contains__, f"one of {', '.join(allowed)}")
 
 
 @dataclass
@@ -236,13 +233,14 @@ def rephrase_prompt(question: str, knowledge: str, template: str = REPHRASE_PROM
 # Cleaning takes linear time on any text: every quantifier of these patterns is bounded.
 CONTROL_TOKEN = re.compile(r"(?:<[|｜][^<>|｜\n]{1,40}[|｜]>|</?(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|\[/?INST\])"
                            r"(?:(?:system|user|assistant|model)(?=[\n<]))?")
-INTERJECTION = re.compile(r"(?:sure(?: thing)?|certainly|of course|absolutely|understood|got it)[!.,:]\s{1,9}", re.I)
+INTERJECTION = re.compile(r"^(?:sure(?: thing)?|certainly|of course|absolutely|understood|got it)[!.,:]\s{1,9}", re.I)
 SENTENCE = re.compile(r"(?:[^\n.:!]|\.\d){0,200}(?:[.:!][*_]{0,2}(?=\s|$)|\n|$)\s{0,9}")
 ABOUT_THE_TASK = re.compile(
     r"rephras|paraphras|(?:my|your) (?:own words|usual style)|\banew\b|as if (?:i|you) had|understand the (?:reference|expert)"
     r"|(?:rewritten|restated|reworded|revised) (?:solution|answer|explanation|version)"
     r"|(?:here(?:['’]s| is)|below is) (?:the|my|a|an) (?:[\w,-]{1,20} ){0,3}(?:solution|answer|explanation|version)", re.I)
-OPENING = re.compile(r"[^\d\\$]{0,200}\b(?:I|you|me|my)\b[^\d\\$]{0,200}$|\W{0,9}(?:\w{1,20}\W{1,9}){1,3}$")  # "Great!", "I'd be happy to help."
+OPENING = re.compile(  # "Great!", "I'd be happy to help."
+    r"[^\d\\$]{0,200}\b(?:I|you|me|my)\b[^\d\\$]{0,200}$|\W{0,9}(?:\w{1,20}\W{1,9}){1,3}$")
 ADDRESSED = re.compile(r"[:!\n][*_]{0,2}\s{0,9}$|\b(?:I|me|my|here)\b", re.I)  # a preamble speaks to somebody or leads over
 _TEXT = r"(?:solution|explanation|reasoning|derivation|proof|approach|method)"
 _SAYS = r" (?:is|says|states|shows|uses|adds|gives|explains|notes|suggests|finds|does|did|first)\b"
@@ -252,15 +250,17 @@ AS_THE_REFERENCE = re.compile(  # "As the reference solution shows, we add." -> 
     rf"(^|[.!?\n]\s{{1,9}})?\b(?:as|like|similar to|according to|based on|following|from|per|using)(?: \w{{1,15}}){{0,3}} "
     rf"{_SOURCE}(?:{_SAYS})?, {{0,9}}(\w?)(\w?)", re.I)
 WHICH_MATCHES = re.compile(  # "We get 7, which matches the reference." -> "We get 7."
-    rf",? (?:which|as|just as|matching|consistent|agreeing)(?: \w{{1,15}}){{0,4}} {_SOURCE}(?: \w{{1,15}}){{0,2}}(?=[.,\n]|$)", re.I)
+    rf",? (?:which|as|just as|matching|consistent|agreeing)(?: \w{{1,15}}){{0,4}} {_SOURCE}"
+    r"(?: \w{1,15}){0,2}(?=[.,\n]|$)", re.I)
 REFERENCE = re.compile(rf"\b{_REFERENCE}(?:{_SAYS}|(?=[.,;:!)\n]|$))", re.I)
-FAREWELL = re.compile(r"(?:^|(?<=[\s}]))(?:please |if you [^\n.\\]{0,60})?(?:(?:i )?hope (?:this|that)|let me know|feel free)[^\n\\]{0,200}$", re.I)
+FAREWELL = re.compile(r"(?:^|(?<=[\s}]))(?:please |if you [^\n.\\]{0,60})?"
+                      r"(?:(?:i )?hope (?:this|that)|let me know|feel free)[^\n\\]{0,200}$", re.I)
 
 
 def clean_rephrase(text: str, template: str = REPHRASE_PROMPT) -> str:
     """Deletes what betrays that `text` is a rephrase, so that the rest reads as a direct answer to q.
 
-    Gone are thinking, control tokens written as text and what follows them, sentences of the instruction, the
+    Gone are thinking, control tokens written as text and what follows the first text, sentences of the instruction, the
     preamble ("Sure, here is the rephrased solution:"), farewells, and mentions of a reference: the clause where the
     sentence stands without it, else the sentence, unless it holds the answer. Other text stays as it is, but for blanks
     around it; nothing left means a failed rephrase. Deleting meta text is the paper's, the patterns are ours: they know
@@ -274,12 +274,14 @@ def clean_rephrase(text: str, template: str = REPHRASE_PROMPT) -> str:
     text, start, preamble = text.strip(), 0, 0
     for _ in range(5):  # "Sure!", "I understand the reference.", "Here is my version:"
         sentence = SENTENCE.match(text, start)
-        about = sentence and ABOUT_THE_TASK.search(sentence[0]) and ADDRESSED.search(sentence[0]) and "\\boxed" not in sentence[0]
-        if not sentence or not about and not OPENING.match(sentence[0]):
+        if not sentence:
+            break
+        about = ABOUT_THE_TASK.search(sentence[0]) and ADDRESSED.search(sentence[0]) and "\\boxed" not in sentence[0]
+        if not about and not OPENING.match(sentence[0]):
             break
         start = sentence.end()
         preamble = start if about else preamble
-    text = INTERJECTION.sub("", text[preamble:], count=1) if INTERJECTION.match(text, preamble) else text[preamble:]
+    text = INTERJECTION.sub("", text[preamble:])
     text = AS_THE_REFERENCE.sub(lambda m: (m[1] or "") + (m[2].upper() if m[1] is not None and m[3] else m[2]) + m[3], text)
     text = WHICH_MATCHES.sub("", text)
     if REFERENCE.search(text):
@@ -301,8 +303,9 @@ TYPOGRAPHY = {"−": "-", "–": "-", r"\dfrac": r"\frac", r"\tfrac": r"\frac", 
 CURRENCY = {"$": "dollar", "€": "euro", "£": "pound"}
 UNITS = set("m g s l h j n v w c f mm cm km kg mg ml ms hz hr ft in mi lb oz mph kw sq yd am pm usd of a an".split())
 NO_UNIT = re.compile(  # a word that makes another number of the one before it
-    r"(?:(?:one|two|three?|four?|for|five?|fif|six|seven|eight?|nine?|ten|eleven|twel[vf]e?|thir|twen)(?:teen|ty|tie)?(?:th)?|third"
-    r"|[a-z]*illion(?:th)?|(?:hundred|thousand)(?:th)?|zero|dozen|lakh|crore|hal[fv]e?|squared|cubed|factorial|percent.*|pct|and|not)s?")
+    r"(?:(?:one|two|three?|four?|for|five?|fif|six|seven|eight?|nine?|ten|eleven|twel[vf]e?|thir|twen)(?:teen|ty|tie)?(?:th)?"
+    r"|third|[a-z]*illion(?:th)?|(?:hundred|thousand)(?:th)?|zero|dozen|lakh|crore|hal[fv]e?|squared|cubed|factorial"
+    r"|percent.*|pct|and|not)s?")
 
 
 def last_boxed(text: str) -> Optional[str]:
@@ -348,7 +351,8 @@ def parse_number(answer: str) -> Optional[tuple[Fraction, str]]:
         return value / 100, ""
     for word in re.sub(r"(?<=[a-z])\^?[23]$", "", unit).replace("/", " ").split():  # cm^2, km/h
         spaced = unit[0] in " /"
-        if not (word in UNITS and (spaced or len(word) > 1) or spaced and len(word) > 2 and word.isalpha() and not NO_UNIT.fullmatch(word)):
+        known, plain = word in UNITS, len(word) > 2 and word.isalpha() and not NO_UNIT.fullmatch(word)
+        if not (spaced and (known or plain) or known and len(word) > 1):
             return None
     unit, money = re.sub(r"(?<=\w\w)s$", "", unit.strip()), CURRENCY.get(prefix.strip("+-"), "")
     return None if money and unit not in ("", money, "usd") else (value, money or unit)
@@ -375,27 +379,25 @@ def boxed_reward(completion: str, answer: str) -> float:
 def checked_reward(reward_fn: RewardFn, text: str, problem: dict) -> float:
     """The reward of `text`. Errors: RepoError with prompt and completion unless it is a finite number."""
     try:
-        reward = float(reward_fn(text, problem["answer"]))
-        fault = None if math.isfinite(reward) else f"returned {reward}"
+        reward = reward_fn(text, problem["answer"])
+        if not math.isfinite(reward):
+            raise ValueError(f"it returned {reward}")
     except Exception as error:
-        fault = f"failed with {error!r}"
-    if fault:
-        raise RepoError(f"the reward function {fault}; it must return a finite number for any text"
-                        f"\nprompt: {problem['question'][:500]!r}\ncompletion: {text[:500]!r}")
-    return reward
+        raise RepoError(f"the reward function failed ({error!r}); it must return a finite number for any text"
+                        f"\nprompt: {problem['question'][:500]!r}\ncompletion: {text[:500]!r}") from error
+    return float(reward)
 
 
 # ------------------------------------------------------------------------- steps 1 and 2 as a whole, with their rewards
 
-def rollout(model, tokenizer, problems: list[dict], cfg: Config, reward_fn: RewardFn) -> list[list[Rollout]]:
-    """Step 1: o_1..o_G ~ π(·|q) with their rewards, a group for each problem."""
+def rollout(model, tokenizer, problems: list[dict], cfg: Config, reward_fn: RewardFn, greedy=False) -> list[list[Rollout]]:
+    """Step 1: o_1..o_G ~ π(·|q) with their rewards, a group for each problem; with `greedy` a single one at T = 0."""
     turns = [fill(cfg.question_prompt, question=p["question"]) for p in problems]
-    drawn = complete(model, tokenizer, turns, cfg.group_size, cfg, cfg.temperature)
-    groups = [drawn[n * cfg.group_size:(n + 1) * cfg.group_size] for n in range(len(problems))]
-    for p, group in zip(problems, groups):
-        for r in group:
-            r.reward = checked_reward(reward_fn, r.text, p)
-    return groups
+    size, temperature = (1, 0.0) if greedy else (cfg.group_size, cfg.temperature)
+    drawn = complete(model, tokenizer, turns, size, cfg, temperature)
+    for i, r in enumerate(drawn):
+        r.reward = checked_reward(reward_fn, r.text, problems[i // size])
+    return [drawn[i:i + size] for i in range(0, len(drawn), size)]
 
 
 def as_rollout(tokenizer, prompt: list[int], text: str, reward: float, end: Optional[list[int]] = None) -> Rollout:
@@ -490,7 +492,7 @@ def token_logps(model, rollouts: list[Rollout], temperature: float) -> torch.Ten
         return (logits.float() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
     with autocast(model):
-        logits = model(ids[:, :-1], use_cache=False, logits_to_keep=width - first).logits  # [B, C, V]: position t - 1 predicts t
+        logits = model(ids[:, :-1], use_cache=False, logits_to_keep=width - first).logits  # [B, C, V]: t - 1 predicts t
     few = max(1, 2**26 // logits[:, 0].numel())  # positions whose fp32 copy takes 256 MiB
     logps = [recompute(chosen, *part, use_reentrant=False, preserve_rng_state=False)
              for part in zip(logits.split(few, 1), ids[:, first:].split(few, 1))]
@@ -526,15 +528,17 @@ def micro_batches(rollouts: list[Rollout], max_tokens: int) -> list[list[Rollout
 def update(model, optimizer, rollouts: list[Rollout], cfg: Config, reference=None) -> dict:
     """Takes `updates_per_batch` optimizer steps on the rollouts of the final groups; returns metrics.
 
-    Rollouts of zero advantage are left out: their gradient is zero, and the weights have counted them. A batch without
-    any advantage leaves weights and momentum alone (ours). π_old(·|q) is the first pass itself, for o_rep too, although
-    π(·|P(q,k)) wrote it: no pass is spent on it, the ratio there is exactly 1, and with one update the clip never acts.
-    A step whose loss or gradient is not finite is skipped (ours).
+    Without a KL term, rollouts of zero advantage are left out: their gradient is zero, and the weights have counted them;
+    a batch without any advantage leaves weights and momentum alone (ours). π_old(·|q) is the first pass itself, for o_rep
+    too, although π(·|P(q,k)) wrote it: no pass is spent on it, the ratio there is exactly 1, and with one update the clip
+    never acts. A step whose loss or gradient is not finite is skipped (ours).
     """
     lots = micro_batches([r for r in rollouts if r.advantage or cfg.kl_beta], cfg.micro_batch_tokens)
     per_token = [torch.tensor([(r.advantage, r.weight, logp) for r in lot for logp in r.sampled_logps], device=model.device)
                  for lot in lots]  # [T, 3] each
     old, ref, drift, clipped, done = [], [], [], [], []
+    if cfg.gradient_checkpointing and not model.is_activation_checkpointing:
+        model.activation_checkpointing_enable()
     model.train(cfg.gradient_checkpointing)  # eval keeps dropout off, but gradient checkpointing works in train mode only
     for epoch in range(cfg.updates_per_batch if lots else 0):
         total = kl = torch.zeros((), device=model.device)
@@ -580,8 +584,9 @@ def train_step(model, tokenizer, optimizer, problems: list[dict], cfg: Config, r
     """One step of RePO on `problems`, dicts of question, knowledge and answer; changes the model in place.
 
     Returns (metrics, the final groups, the guides that open gates were offered). Rewards and fail rate are of the
-    policy's own rollouts, before the replacement; the share of zero-variance groups is of the final ones. A metric with
-    nothing to measure is None; seconds are wall-clock, and measuring the policy gap counts as rephrasing.
+    policy's own rollouts, before the replacement; rephrase_success is the share of guides that do not fail; the share of
+    zero-variance groups is of the final ones. A metric with nothing to measure is None; measuring the policy gap counts
+    as rephrasing in the seconds.
     `update_fn` is there to try another loss: it gets what `update` gets.
     """
     model.eval()  # dropout between sampling, old and new log-probabilities would move the ratio away from 1
@@ -593,7 +598,8 @@ def train_step(model, tokenizer, optimizer, problems: list[dict], cfg: Config, r
 
     opened = open_gates(groups, cfg)  # 3. γ_fail ≥ ρ, asked before 2. so that closed gates cost nothing
     prompts, asked = [groups[n][0].prompt for n in opened], [problems[n] for n in opened]
-    experts = [as_rollout(tokenizer, q, p["knowledge"], checked_reward(reward_fn, p["knowledge"], p)) for q, p in zip(prompts, asked)]
+    experts = [as_rollout(tokenizer, q, p["knowledge"], checked_reward(reward_fn, p["knowledge"], p))
+               for q, p in zip(prompts, asked)]
     rephrases = rephrase(model, tokenizer, asked, prompts, cfg, reward_fn) if cfg.guidance == "rephrase" else []  # 2. o_rep
     guides = rephrases if cfg.guidance == "rephrase" else experts
     injections = sum(bool(guide) and replace_worst(groups[n], guide, cfg.verify) for n, guide in zip(opened, guides))  # 3.
@@ -622,13 +628,10 @@ def train_step(model, tokenizer, optimizer, problems: list[dict], cfg: Config, r
 
 def accuracy(model, tokenizer, problems: list[dict], cfg: Config, reward_fn: RewardFn = boxed_reward) -> float:
     """The share of problems, 0..1, whose greedy completion does not fail. Leaves the random state alone."""
-    right, size = 0, cfg.batch_size * cfg.group_size
-    for start in range(0, len(problems), size):
-        part = problems[start:start + size]
-        turns = [fill(cfg.question_prompt, question=p["question"]) for p in part]
-        drawn = complete(model, tokenizer, turns, 1, cfg, temperature=0.0)
-        right += sum(checked_reward(reward_fn, r.text, p) >= cfg.fail_threshold for r, p in zip(drawn, part))
-    return right / len(problems)
+    size = cfg.batch_size * cfg.group_size
+    parts = [problems[i:i + size] for i in range(0, len(problems), size)]
+    return mean(r.reward >= cfg.fail_threshold for part in parts
+                for r, in rollout(model, tokenizer, part, cfg, reward_fn, greedy=True))
 
 
 # --------------------------------------------------------------- the command line: a real model, real data, one device
@@ -645,7 +648,7 @@ class Run:
     eval_split: Optional[str] = setting(None, "split for the held-out accuracy before and after, also a slice")
     question_column: str = setting("question", "column of the question")
     knowledge_column: str = setting("answer", "column of the expert's solution")
-    answer_column: str = setting("answer", "column of the answer; in 'reasoning #### answer' it is what follows the mark")
+    answer_column: str = setting("answer", "column of the answer, or of a text with it in \\boxed{} or, as GSM8K, after ####")
     steps: int = setting(100, "training steps")
     save_every: int = setting(50, "steps between checkpoints; the newest is kept")
     show_every: int = setting(10, "steps between two sample completions, a rollout and a rephrase")
@@ -653,8 +656,7 @@ class Run:
     device: Optional[str] = setting(None, "cuda, cuda:1, cpu ...; CUDA where there is one if not given")
 
     def __post_init__(self):
-        for name in ("steps", "save_every", "show_every"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check(self, "steps save_every show_every", lambda v: v >= 1, "at least 1")
 
 
 def load_model(name: str, device: str):
@@ -664,13 +666,13 @@ def load_model(name: str, device: str):
         settings = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
         no_dropout = {key: 0.0 for key, value in settings.items() if "drop" in key and isinstance(value, float)}
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                     trust_remote_code=False, **no_dropout)
+                                                     trust_remote_code=False, **no_dropout).to(device)
     except Exception as error:
-        raise RepoError(f"the model {name!r} cannot be loaded: {error}\ngive a hub name or a folder that "
-                        "save_pretrained wrote, with safetensors weights and a tokenizer") from error
+        raise RepoError(f"the model {name!r} cannot be loaded to the device {device!r}: {error}\ngive a hub name or a folder "
+                        "that save_pretrained wrote, with safetensors weights and a tokenizer") from error
     if tokenizer.eos_token_id is None:
-        raise RepoError(f"the tokenizer of {name!r} has no EOS token, so no completion could end; set its eos_token and save it")
-    return model.to(device), tokenizer
+        raise RepoError(f"the tokenizer of {name!r} has no EOS token, so no completion could end; set its eos_token")
+    return model, tokenizer
 
 
 def load_problems(run: Run, split: str) -> list[dict]:
@@ -699,7 +701,8 @@ def load_problems(run: Run, split: str) -> list[dict]:
         if answer:
             problems.append(dict(question=question, knowledge=knowledge, answer=answer))
     if len(problems) < len(data):
-        print(f"{len(data) - len(problems)} of {len(data)} records of {split} have no readable answer: left out", file=sys.stderr)
+        print(f"{len(data) - len(problems)} of {len(data)} records of {split} have no readable answer: left out",
+              file=sys.stderr)
     return problems
 
 
@@ -709,16 +712,16 @@ def check_problems(problems: list[dict], model, tokenizer, cfg: Config) -> None:
         raise RepoError("the dataset holds no usable record; check the split and the answer column")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for n, p in enumerate(problems):
-        for key in ("question", "knowledge", "answer"):
+        for key in ("question", "answer") if cfg.guidance == "none" else ("question", "knowledge", "answer"):
             if not isinstance(p.get(key), str) or not p[key].strip():
-                raise RepoError(f"record {n} has no {key} (it is {p.get(key)!r}); give it one, or drop the record")
+                raise RepoError(f"usable record {n} has no {key} (it is {p.get(key)!r}); give it one, or drop it: {p}")
         turns = dict(question=fill(cfg.question_prompt, question=p["question"]))
         if cfg.guidance != "none":
             turns["rephrase prompt"] = rephrase_prompt(p["question"], p["knowledge"], cfg.rephrase_prompt)
         for name, turn in turns.items():
             if (size := len(encode_prompt(tokenizer, turn))) + cfg.max_new_tokens > context:
-                raise RepoError(f"record {n}: {size} tokens of {name} and max_new_tokens {cfg.max_new_tokens} do not fit the "
-                                f"model's context of {context}; drop the record or lower max_new_tokens")
+                raise RepoError(f"usable record {n}: {size} tokens of {name} and max_new_tokens {cfg.max_new_tokens} do not "
+                                f"fit the model's context of {context}; drop it or lower max_new_tokens: {p['question']}")
 
 
 def batch_at(step: int, problems: list[dict], cfg: Config) -> list[dict]:
@@ -735,7 +738,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def prepare_out(run: Run, model) -> Path:
-    """Creates the output folder and checks it. Errors: RepoError if it cannot be written, is too full or holds another run."""
+    """Creates the output folder. Errors: RepoError if it cannot be written, is too full or holds another run."""
     out = Path(run.out)
     need = 12 * model.num_parameters() * (1 if checkpoints(out) else 2)  # bytes: fp32 weights and moments, old and new
     try:
@@ -745,7 +748,7 @@ def prepare_out(run: Run, model) -> Path:
     except OSError as error:
         raise RepoError(f"the folder {run.out!r} cannot be written: {error}; choose another --out") from error
     if (free := shutil.disk_usage(out).free) < need:
-        raise RepoError(f"{run.out!r} has {free / 1e9:.1f} GB free and checkpoints need {need / 1e9:.1f} GB; choose another --out")
+        raise RepoError(f"{run.out!r} has {free / 1e9:.1f} GB free and checkpoints need {need / 1e9:.1f}; choose another --out")
     if ((out / "metrics.jsonl").exists() or checkpoints(out)) and not run.resume:
         raise RepoError(f"{run.out!r} holds a run already; go on with it by --resume, or choose another --out")
     return out
@@ -758,7 +761,7 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, settings:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     torch.save(dict(step=step, settings=settings, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-                    cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []), partial / "trainer.pt")
+                    cuda_rng=torch.cuda.get_rng_state_all()), partial / "trainer.pt")  # of no device: []
     for file in partial.rglob("*.*"):  # on the disk before it gets its name, should the power fail
         with file.open("rb") as content:
             os.fsync(content.fileno())
@@ -767,14 +770,15 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, settings:
         shutil.rmtree(old)
 
 
-FREE_ON_RESUME = {"out", "steps", "save_every", "show_every", "resume", "device", "micro_batch_tokens", "gradient_checkpointing"}
-
-
 def write_whole(file: Path, text: str) -> None:
     """The file's new content, or after a kill its old one, and never half of it."""
     partial = file.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(file)
+
+
+FREE_ON_RESUME = ("out", "steps", "save_every", "show_every", "resume", "device", "micro_batch_tokens",
+                  "gradient_checkpointing")  # none of them changes a result, but for rounding
 
 
 def load_trainer(saved: Path, optimizer, settings: dict) -> int:
@@ -785,8 +789,7 @@ def load_trainer(saved: Path, optimizer, settings: dict) -> int:
         raise RepoError(f"--resume needs the settings of the run in {saved.parent}: {'; '.join(changed)}")
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])
     return state["step"]
 
 
@@ -807,9 +810,10 @@ def train(run: Run, cfg: Config) -> None:
     saved = checkpoints(Path(run.out))[-1:] if run.resume else []
     model, tokenizer = load_model(str(saved[0]) if saved else run.model, device)
     problems = load_problems(run, run.split)
+    check_problems(problems, model, tokenizer, cfg)
     held_out = load_problems(run, run.eval_split) if run.eval_split else None
-    for part in (problems, held_out) if run.eval_split else (problems,):
-        check_problems(part, model, tokenizer, cfg)
+    if run.eval_split:
+        check_problems(held_out, model, tokenizer, replace(cfg, guidance="none"))  # needs no knowledge
     out = prepare_out(run, model)
     reference = load_model(run.model, device)[0].eval() if cfg.kl_beta else None
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
@@ -818,8 +822,6 @@ def train(run: Run, cfg: Config) -> None:
     start = load_trainer(saved[0], optimizer, settings) if saved else 0
     if run.resume and not saved:
         print(f"no checkpoint in {run.out!r} yet: starting anew", file=sys.stderr)
-    if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable()
 
     interrupted, not_finite = [], 0
 
@@ -827,8 +829,7 @@ def train(run: Run, cfg: Config) -> None:
         interrupted.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, stop_after_this_step)
+    handlers = {kind: signal.signal(kind, stop_after_this_step) for kind in (signal.SIGINT, signal.SIGTERM)}
     log, summary = out / "metrics.jsonl", out / "summary.json"
     kept = log.read_text().splitlines()[:start] if log.exists() else []  # a killed run may have gone past its checkpoint
     write_whole(log, "".join(line + "\n" for line in kept))
@@ -844,20 +845,22 @@ def train(run: Run, cfg: Config) -> None:
             lines.flush()
             bar.set_postfix({key: metrics[key] for key in ("reward", "injections", "rephrase_success")}, refresh=False)
             bar.update()
-            if step % run.show_every == 0:
+            if step % run.show_every == 0:  # a guide, where there is one, and a rollout for the same question
                 group = next((g for g in groups if guides and g[0].prompt == guides[0].prompt), groups[0])
-                for name, r in [("rollout", [r for r in group if r.entropy][0])] + [(cfg.guidance, guide) for guide in guides[:1]]:
+                for name, r in [("rollout", [r for r in group if r.entropy][0]), *[(cfg.guidance, r) for r in guides[:1]]]:
                     bar.write(f"--- step {step}, a {name} of reward {r.reward:g}:\n{r.text}")
             not_finite = not_finite + metrics["skipped_updates"] if metrics["grad_norm"] is None else 0
             if not_finite >= 3:
-                raise RepoError(f"{not_finite} updates in a row had a loss or gradient that is not finite; the last good checkpoint "
-                                f"is {(checkpoints(out) or ['none yet'])[-1]}; start anew with a lower --learning-rate")
+                raise RepoError(f"{not_finite} updates in a row had a loss or gradient that is not finite; the last good "
+                                f"checkpoint is {(checkpoints(out) or ['none yet'])[-1]}; start anew with a lower "
+                                "--learning-rate and another --out, from the first --model or from that one")
             if (step + 1) % run.save_every == 0 or step + 1 == run.steps or interrupted:
                 save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
             if interrupted:
+                bar.write(f"interrupted after step {step}; go on with --resume")
                 break
-    for kind, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        signal.signal(kind, default)
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
     if held_out and not interrupted:
         results["accuracy_after"] = accuracy(model, tokenizer, held_out, cfg)
         write_whole(summary, json.dumps(results))
@@ -876,7 +879,10 @@ def main(argv=None) -> None:
     parser = HfArgumentParser((Run, Config), formatter_class=OneName, description=__doc__.partition("\n")[0],
                               usage="python repo.py --model MODEL --dataset DATASET --out DIR [--setting VALUE ...]")
     try:
-        train(*parser.parse_args_into_dataclasses(argv))
+        run, cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            parser.error(f"unknown: {' '.join(unknown)}; --help lists the flags")
+        train(run, cfg)
     except RepoError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:

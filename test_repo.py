@@ -113,7 +113,7 @@ def test_settings_that_cannot_work_are_refused_with_name_and_value(wrong):
 
 def test_every_setting_is_documented_and_says_whose_it_is():
     for f in fields(Config):
-        assert len(f.metadata["help"]) > 20
+        assert len(f.metadata["help"]) > 20 and ("(paper" in f.metadata["help"] or "(ours" in f.metadata["help"])
     assert (Config().group_size, Config().learning_rate, Config().gate_threshold, Config().kl_beta) == (8, 1e-6, 1.0, 0.0)
 
 
@@ -312,6 +312,20 @@ def test_the_first_update_is_reinforce():
         torch.testing.assert_close(seen, expected, rtol=1e-3, atol=2e-3 if DEVICE == "cuda" else 1e-6)
 
 
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_groups_without_signal_count_in_the_weights_of_a_step(aggregation, monkeypatch):
+    monkeypatch.setattr(repo, "end_ids", lambda model, tokenizer: list(range(60)))  # completions of unequal lengths
+    model, tokenizer, seen = tiny_model(), byte_tokenizer(), []
+    cfg = replace(CFG, loss_aggregation=aggregation, guidance="none")
+    reward_fn = lambda text, answer: float(answer == PROBLEMS[0]["answer"] and len(seen.append(text) or seen) % 2)  # one group varies
+    keep = lambda model, optimizer, rollouts, cfg, reference: seen.append(rollouts) or {}
+    metrics, _, _ = repo.train_step(model, tokenizer, None, PROBLEMS[:3], cfg, reward_fn, update_fn=keep)
+    rollouts, lengths = seen[-1], [len(r.completion) for r in seen[-1]]
+    assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3) and len(rollouts) == 12 and len(set(lengths)) > 2
+    expected = [1 / (12 * n) for n in lengths] if aggregation == "sequence" else [1 / sum(lengths)] * 12
+    np.testing.assert_allclose([r.weight for r in rollouts], expected)
+
+
 def test_micro_batches_do_not_change_the_gradient():
     for cfg in (CFG, replace(CFG, loss_aggregation="token")):
         model, rollouts = tiny_model(scale=5.0), random_rollouts(9)
@@ -384,9 +398,9 @@ def test_dropout_and_train_mode_do_not_move_the_ratio():
 def test_gradient_checkpointing_changes_no_gradient(cfg):
     model, rollouts = tiny_model(scale=5.0), random_rollouts()
     plain = gradient(model, rollouts, cfg)
-    model.activation_checkpointing_enable()
     torch.testing.assert_close(gradient(model, rollouts, replace(cfg, gradient_checkpointing=True)), plain, rtol=1e-3, atol=1e-5)
     assert not model.training and len(repo.sample(model, [[1]], 2, 3, 1.0, [])) == 2
+    assert model.is_activation_checkpointing  # by the setting alone
 
 
 def test_later_updates_use_the_first_passes_log_probabilities():
@@ -803,6 +817,12 @@ def test_the_help_names_every_setting_with_hyphens(capsys):
         assert shown.split().count(f"--{f.name.replace('_', '-')}") >= 1 and ("_" not in f.name or f"--{f.name}" not in shown)
 
 
+def test_a_mistyped_flag_is_named(capsys):
+    with pytest.raises(SystemExit):
+        repo.main(["--model", "m", "--dataset", "d", "--out", "o", "--grup-size", "8"])
+    assert "unknown: --grup-size 8; --help" in capsys.readouterr().err
+
+
 def test_gsm8k_records_become_question_knowledge_and_answer(files):
     problems = repo.load_problems(repo.Run("m", str(files / "data.jsonl"), "o"), "train[3:]")
     assert problems[0] == dict(question="What is 3+3?", knowledge="It is 6.\n\\boxed{6}", answer="6")
@@ -842,7 +862,8 @@ def test_answers_that_cannot_be_read_are_counted_and_left_out(tmp_path, capsys):
     (dict(model="no/such-model"), "model 'no/such-model' cannot be loaded"), (dict(dataset="no-such.jsonl"), "dataset 'no-such.jsonl' .* cannot be loaded"),
     (dict(question_column="problem"), "no column problem; it has question, answer"), (dict(group_size=1), "group_size is 1"), (dict(split="test"), "cannot be loaded"),
     (dict(gate_threshold=2), "gate_threshold is 2"), (dict(steps=0), "steps is 0"), (dict(max_new_tokens=1020), "do not fit the model's context of 1024"),
-    (dict(knowledge_column="question", answer_column="question"), "no usable record"), (dict(kl_beta="nan"), "kl_beta is nan"), (dict(model=HERE), "cannot be loaded")])
+    (dict(knowledge_column="question", answer_column="question"), "no usable record"), (dict(kl_beta="nan"), "kl_beta is nan"), (dict(model=HERE), "cannot be loaded"),
+    (dict(device="tpus"), "device 'tpus': .*tpus")])
 def test_what_cannot_work_ends_in_one_message_and_leaves_nothing_behind(files, tmp_path, change, message):
     with pytest.raises(SystemExit, match=f"(?s)^error: .*{message}"):
         repo.main(flags(files, tmp_path / "out", **change))
@@ -853,6 +874,8 @@ def test_a_record_without_question_knowledge_or_answer_is_refused():
     model, tokenizer = tiny_model(), byte_tokenizer()
     for key in ("question", "knowledge", "answer"):
         for value in (None, "", "  ", 7):
+            if key == "knowledge":  # GRPO needs none
+                repo.check_problems([{**PROBLEMS[1], key: value}], model, tokenizer, replace(CFG, guidance="none"))
             with pytest.raises(RepoError, match=f"record 1 has no {key} .it is {value!r}"):
                 repo.check_problems([PROBLEMS[0], {**PROBLEMS[1], key: value}], model, tokenizer, CFG)
     with pytest.raises(RepoError, match="no usable record"):
