@@ -33,7 +33,7 @@ import repo
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ("Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Lima Mike November Oscar Papa Quebec Romeo "
          "Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu").split()
-CONFIG = repo.Config(batch_size=32, group_size=4, max_new_tokens=24, learning_rate=2.5e-4,
+CONFIG = repo.Config(batch_size=32, group_size=4, max_new_tokens=20, learning_rate=2.5e-4,
                      question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
 STEPS = 100
 GRID = (1e-4, 3e-4, 1e-3)  # the learning rates that --compare tries for each method
