@@ -392,7 +392,7 @@ def compare(args, folder: Path, results: list) -> None:
     for name, (_, teaches) in ABLATIONS.items():
         print(f"{'- ' if markdown else ''}{name}: {teaches}")
     present = {result["summary"]["name"] for result in results}
-    shown = [name for name in ("RePO", "GRPO", "verbatim injection at RePO's rate", "LUFFY at RePO's rate") if name in present]
+    shown = [f"{name} at RePO's rate" if f"{name} at RePO's rate" in present else name for name in ("RePO", "GRPO", "verbatim injection", "LUFFY")]
     curves = [("hard accuracy, book 3", "hard", shown), ("general accuracy, books 1 and 2", "general", shown), ("injections a step", "injections", ["RePO"])]
     for title, key, names in curves:
         series = {name: curve(results, name, key) for name in names}
