@@ -42,7 +42,7 @@ class RepoError(ValueError):
 
 
 def check(settings, names: str, holds: Callable, must_be: str) -> None:
-    """Errors: RepoError naming the setting, its value and what it must be, unless that holds."""
+    """Errors: RepoError with name, value and what it must be, for the first of the `names` (blanks between) it is not."""
     for name in names.split():
         if not holds(value := getattr(settings, name)):
             raise RepoError(f"{name} is {value!r}; it must be {must_be}")
@@ -87,7 +87,7 @@ class Config:
     loss_aggregation: Literal["sequence", "token"] = setting(
         "sequence", "sequence: mean over each, then over all (paper); token: one mean over all tokens (ours)")
     updates_per_batch: int = setting(1, "optimizer steps on each batch of rollouts (ours)")
-    learning_rate: float = setting(1e-6, "AdamW's learning rate, constant (paper)")
+    learning_rate: float = setting(1e-6, "AdamW's learning rate (paper), constant (ours)")
     weight_decay: float = setting(0.0, "AdamW's weight decay (ours)")
     max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm (ours)")
     micro_batch_tokens: int = setting(16384, "tokens with padding in one forward and backward pass; memory only (ours)")
@@ -134,7 +134,7 @@ def mean(values) -> Optional[float]:
 # --------------------------------------------------------------------------------------------- 1. rollout: sampling
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of the user's turn `text` and the start of the assistant's; a plain prompt without a chat template.
+    """Token ids of the user's turn `text` and the start of the assistant's; a plain prompt (ours) without a chat template.
 
     What looks like a control token inside `text` stays text.
     """
@@ -260,7 +260,7 @@ FAREWELL = re.compile(r"(?:^|(?<=[\s}]))(?:please |if you [^\n.\\]{0,60})?"
 def clean_rephrase(text: str, template: str = REPHRASE_PROMPT) -> str:
     """Deletes what betrays that `text` is a rephrase, so that the rest reads as a direct answer to q.
 
-    Gone are thinking, control tokens written as text and what follows the first text, sentences of the instruction, the
+    Gone are thinking, control tokens written as text with all but the first text among them, sentences of P(q,k), the
     preamble ("Sure, here is the rephrased solution:"), farewells, and mentions of a reference: the clause where the
     sentence stands without it, else the sentence, unless it holds the answer. Other text stays as it is, but for blanks
     around it; nothing left means a failed rephrase. Deleting meta text is the paper's, the patterns are ours: they know
@@ -612,14 +612,14 @@ def train_step(model, tokenizer, optimizer, problems: list[dict], cfg: Config, r
     clock.append(time.perf_counter())
 
     sample_s, rephrase_s, update_s = (end - start for start, end in zip(clock, clock[1:]))
-    tokens = lambda rollouts: sum(len(r.completion) for r in rollouts)
+    tokens, eos = lambda rollouts: sum(len(r.completion) for r in rollouts), end_ids(model, tokenizer)
     return {
         "reward": mean(r.reward for r in drawn), "fail_rate": mean(r.reward < cfg.fail_threshold for r in drawn),
         "injections": injections, "rephrase_success": mean(bool(g and g.reward >= cfg.fail_threshold) for g in guides),
         **gaps, "entropy": mean(x for r in drawn for x in r.entropy),
         "frac_reward_zero_std": mean(len({r.reward for r in group}) == 1 for group in groups),
         "completions/mean_length": tokens(drawn) / len(drawn),
-        "completions/truncated": mean(r.completion[-1] not in end_ids(model, tokenizer) for r in drawn), **updated,
+        "completions/truncated": mean(r.completion[-1] not in eos for r in drawn), **updated,
         "seconds/sample": sample_s, "seconds/rephrase": rephrase_s, "seconds/update": update_s,
         "tokens_per_second/sample": tokens(drawn) / sample_s, "tokens_per_second/rephrase": tokens(rephrases) / rephrase_s,
         "tokens_per_second/update": tokens(r for r in final if r.advantage or cfg.kl_beta) / update_s,
@@ -714,14 +714,14 @@ def check_problems(problems: list[dict], model, tokenizer, cfg: Config) -> None:
     for n, p in enumerate(problems):
         for key in ("question", "answer") if cfg.guidance == "none" else ("question", "knowledge", "answer"):
             if not isinstance(p.get(key), str) or not p[key].strip():
-                raise RepoError(f"usable record {n} has no {key} (it is {p.get(key)!r}); give it one, or drop it: {p}")
+                raise RepoError(f"usable record {n} has no {key} (it is {p.get(key)!r}); give it one or drop it: {str(p)[:200]}")
         turns = dict(question=fill(cfg.question_prompt, question=p["question"]))
         if cfg.guidance != "none":
             turns["rephrase prompt"] = rephrase_prompt(p["question"], p["knowledge"], cfg.rephrase_prompt)
         for name, turn in turns.items():
             if (size := len(encode_prompt(tokenizer, turn))) + cfg.max_new_tokens > context:
                 raise RepoError(f"usable record {n}: {size} tokens of {name} and max_new_tokens {cfg.max_new_tokens} do not "
-                                f"fit the model's context of {context}; drop it or lower max_new_tokens: {p['question']}")
+                                f"fit the model's context of {context}; drop it or lower max_new_tokens: {p['question'][:300]}")
 
 
 def batch_at(step: int, problems: list[dict], cfg: Config) -> list[dict]:
