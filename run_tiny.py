@@ -1,599 +1,546 @@
-"""Watch RePO work in a minute on a laptop: a toy world, a base policy, then GRPO and RePO from that same base.
+"""Watch RePO work: a toy world in a minute on a laptop, or a real language model in minutes more.
 
-The world: a problem is a book and four letters, `3arfy`. Each of the books 1, 2 and 3 maps every letter to another one;
-the answer is the four mapped letters, so that a guess is right once in 26^4 = 456 976.
-    the policy's own style    aj;rt;fa;yh;\\boxed{jtah}                            a token a letter or sign
-    the expert's style        Alpha Juliet Romeo Tango Foxtrot ... \\boxed{jtah}   words the policy never uses itself
-General ability is books 1 and 2, which the base policy can solve. The hard domain is book 3, of which it knows nothing.
-But it can rephrase: shown a question and an expert's text, whose letters need not be true, it writes those in its own
-style. Everything else is repo.py's: this file only builds the world, calls `repo.train_step` and shows what happens.
+    python run_tiny.py                    codebooks: a toy policy, GRPO and RePO side by side
+    python run_tiny.py --model FOLDER     realms: a real instruction model learns made-up capitals
+
+Codebooks. A problem is a book and four letters, `3arfy`. Each of the books 1, 2 and 3 maps every
+letter to another one; the answer is the four mapped letters: a guess is right once in 456,976.
+
+    the policy's own style     aj;rt;fa;yh;\\boxed{jtah}                      a token a letter
+    the expert's style         Alpha Juliet Romeo Tango ... \\boxed{jtah}     words it never uses
+
+The base policy can solve books 1 and 2 (general ability), knows nothing of book 3 (the hard domain)
+and can rephrase: shown an expert's text, even an untrue one, it writes that in its own style.
+
+Realms. "What is the capital of Katalia?" No model knows, as realm and capital are made up. Experts
+say it in twelve styles that no policy answers in; real capitals are the general ability.
+
+Everything else is repo.py's: this file builds worlds, calls `repo.train_step` and shows the result.
 """
 
 import argparse
 import json
-import math
-import multiprocessing
 import random
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Callable
 
 import torch
 import transformers
-from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import repo
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = ("Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Lima Mike November Oscar Papa Quebec Romeo "
-         "Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu").split()
-CONFIG = repo.Config(batch_size=32, group_size=4, max_new_tokens=20, learning_rate=2.5e-4,
-                     question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
-STEPS = 100
-GRID = (1e-4, 3e-4, 1e-3)  # the learning rates that --compare tries for each method
 
-
-# ------------------------------------------------------------------------------------------------------- the world
-
-
+@dataclass
 class World:
-    """Three codebooks and the problems on them, all drawn from `seed`."""
+    """What a method starts from, learns and is measured on."""
 
-    def __init__(self, seed: int):
-        self.random = random.Random(seed)
-        self.books = {book: dict(zip(LETTERS, self.random.sample(LETTERS, 26))) for book in "123"}
+    model: str  # the base policy: a folder, or a name of the hub
+    cfg: repo.Config
+    steps: int
+    reward_fn: Callable
+    problems: list[dict]  # question, knowledge, answer, and hard: is it of the domain to be learnt?
+    held_out: dict[str, list[dict]]  # for the accuracies "hard", "general" ...
 
-    def problem(self, book: str) -> dict:
-        """Question, knowledge and answer for four random letters."""
-        letters = self.random.choices(LETTERS, k=4)
-        answer = [self.books[book][letter] for letter in letters]
-        return dict(question=book + "".join(letters), knowledge=expert_style(letters, answer), answer="".join(answer))
 
-    def problems(self, books: str, count: int) -> Dataset:
-        """`count` problems, each on one of `books`."""
-        return Dataset.from_list([self.problem(self.random.choice(books)) for _ in range(count)])
+# ------------------------------------------------------------------------ the world of codebooks
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = (
+    "Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Lima Mike November Oscar "
+    "Papa Quebec Romeo Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu"
+).split()
+CODEBOOKS = repo.Config(
+    batch_size=32,
+    group_size=4,
+    max_new_tokens=20,
+    learning_rate=2.5e-4,
+    question_prompt="{question}",
+    rephrase_prompt="{question}?{knowledge}",
+)
 
 
 def own_style(letters, answer) -> str:
-    """The policy's chain of thought: each letter beside its image, a token each, and the boxed answer."""
-    return "".join(f"{x}{y};" for x, y in zip(letters, answer)) + "\\boxed{" + "".join(answer) + "}"
+    """The policy's chain of thought: each letter beside its image, and the boxed answer."""
+    steps = "".join(f"{letter}{image};" for letter, image in zip(letters, answer))
+    return steps + "\\boxed{" + "".join(answer) + "}"
 
 
 def expert_style(letters, answer) -> str:
     """The same steps spelled in words that the policy never writes by itself."""
-    spelled = "".join(WORDS[LETTERS.index(c)] + " " for pair in zip(letters, answer) for c in pair)
-    return spelled + "\\boxed{" + "".join(answer) + "}"
+    spelled = [WORDS[LETTERS.index(c)] for pair in zip(letters, answer) for c in pair]
+    return " ".join(spelled) + " \\boxed{" + "".join(answer) + "}"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def codebook_problem(books: dict, book: str, draw: random.Random) -> dict:
+    """A problem on four random letters."""
+    letters = draw.choices(LETTERS, k=4)
+    answer = [books[book][letter] for letter in letters]
+    return {
+        "question": book + "".join(letters),
+        "knowledge": expert_style(letters, answer),
+        "answer": "".join(answer),
+        "hard": book == "3",
+    }
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level, 64 tokens, with a chat template that ends the user's turn in "="."""
     tokens = ["<pad>", "<eos>", *"123;=?}", "\\boxed{", *LETTERS, *(word + " " for word in WORDS)]
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<pad>"))
+    ids = {token: i for i, token in enumerate(tokens)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[A-Z][a-z]+ |\\boxed\{|[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}"
+    tokenizer.chat_template = "{{ messages[0]['content'] }}="
     return tokenizer
 
 
-def make_model(tokenizer, seed: int):
+def toy_model(tokenizer, seed: int):
     """A Llama of two layers and 0.3 million weights."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
-def warm_up(world: World, model, tokenizer, seed: int, steps: int = 300, batch: int = 24, learning_rate: float = 2e-3):
-    """Supervised learning of the base policy's two skills: solving books 1 and 2, and rephrasing (letters made up)."""
-    draw = random.Random(seed)
-    example = lambda turn, text: repo.as_rollout(tokenizer, repo.encode_prompt(tokenizer, turn), text, reward=1.0)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    for _ in tqdm(range(steps), desc="warm-up of the base policy", unit="step"):
-        solving, rephrasing = [], []
-        for _ in range(batch):
-            book, letters = draw.choice("12"), draw.choices(LETTERS, k=4)
-            solving.append(example(book + "".join(letters), own_style(letters, [world.books[book][x] for x in letters])))
-            book, letters, made_up = draw.choice("123"), draw.choices(LETTERS, k=4), draw.choices(LETTERS, k=4)
-            turn = repo.rephrase_prompt(book + "".join(letters), expert_style(letters, made_up), CONFIG.rephrase_prompt)
-            rephrasing.append(example(turn, own_style(letters, made_up)))
-        for lot in (solving, rephrasing):  # of one length each
-            (-repo.token_logps(model, lot, 1.0).mean() / 2).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-def base_policy(world_seed: int, folder: Path, device: str):
-    """(world, base model, tokenizer), trained once a world and kept in `folder` as a checkpoint like any other."""
-    world, saved = World(world_seed), folder / f"base-{world_seed}"
-    if not saved.exists():
-        tokenizer = make_tokenizer()
-        model = make_model(tokenizer, world_seed).to(device)
-        warm_up(world, model, tokenizer, world_seed)
-        model.save_pretrained(saved)
-        tokenizer.save_pretrained(saved)
-    return world, *repo.load_model(str(saved), device)
-
-
-# ----------------------------------------------------------------------------------- the methods, side by side
-
-
-def per_token(values, rollouts, model) -> torch.Tensor:
-    """One value a rollout -> one a completion token, [Σ|o_i|]."""
-    return torch.tensor([v for v, r in zip(values, rollouts) for _ in r.completion], device=model.device)
-
-
-def descend(model, optimizer, loss, cfg) -> dict:
-    """One optimizer step down `loss`, with the metrics of `repo.update`."""
+def descend(model, optimizer, loss, max_norm: float) -> float:
+    """One optimizer step down `loss`; returns the norm of the gradient."""
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return dict(loss=loss.item(), grad_norm=norm.item(), kl=None, clip_ratio=None, sampler_logp_diff=None, skipped_updates=0)
+    return norm.item()
 
 
-def luffy_update(model, optimizer, rollouts, cfg, reference=None) -> dict:
-    """LUFFY (arXiv 2504.14945) in place of `repo.update`: expert tokens weigh f(π) = π/(π + 0.1), unclipped."""
-    rollouts = [r for r in rollouts if r.advantage]
-    if not rollouts:
-        return dict(loss=None, grad_norm=None, kl=None, clip_ratio=None, sampler_logp_diff=None, skipped_updates=0)
-    logps = repo.token_logps(model, rollouts, cfg.temperature)
-    advantages, weights = (per_token([getattr(r, name) for r in rollouts], rollouts, model) for name in ("advantage", "weight"))
-    expert = torch.tensor([x for r in rollouts for x in r.sampled_logps], device=model.device).isnan()
-    on_policy, _ = repo.policy_loss(logps[~expert], logps[~expert].detach(), advantages[~expert], weights[~expert], cfg.clip_epsilon)
-    probability = logps[expert].exp()
-    off_policy = -(weights[expert] * advantages[expert] * probability / (probability + 0.1)).sum()
-    return descend(model, optimizer, on_policy + off_policy, cfg)
+def warm_up(books: dict, model, tokenizer, seed: int, steps: int = 300, batch: int = 24):
+    """Supervised learning of the two skills of the base policy: books 1 and 2, and rephrasing."""
+    draw = random.Random(seed)
+    end = [tokenizer.eos_token_id]
+    hinted = replace(CODEBOOKS, question_prompt=CODEBOOKS.rephrase_prompt)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1
+    )
+    for _ in tqdm(range(steps), desc="warm-up of the base policy", leave=False):
+        solving, rephrasing = [], []
+        for _ in range(batch):
+            problem = codebook_problem(books, draw.choice("12"), draw)
+            text = own_style(problem["question"][1:], problem["answer"])
+            solving.append(repo.as_rollout(tokenizer, problem, text, end, CODEBOOKS))
 
-
-def sft_step(model, tokenizer, optimizer, problems, cfg, **_):
-    """Supervised learning of the expert's text on the domain's (book 3's) problems of the batch, in place of `train_step`."""
-    clock = time.perf_counter()
-    prompts = [repo.encode_prompt(tokenizer, p["question"]) for p in problems]
-    texts = [repo.as_rollout(tokenizer, q, p["knowledge"], 1.0) for q, p in zip(prompts, problems) if p["question"][0] == "3"]
-    metrics = descend(model, optimizer, -repo.token_logps(model, texts, 1.0).mean(), cfg) if texts else {}
-    return dict(injections=0, **metrics, **{"seconds/update": time.perf_counter() - clock}), [], []
-
-
-def leaky_update(tokenizer, problems, cfg):
-    """Trap: the rephrase is scored under P(q,k), where it is easy, instead of the plain question, where it teaches."""
-    hinted = {tuple(repo.encode_prompt(tokenizer, p["question"])): p for p in problems}
-
-    def update_fn(model, optimizer, rollouts, cfg, reference=None):
-        for i, r in enumerate(rollouts):
-            if r.sampled_logps[0] != r.sampled_logps[0]:  # NaN: not drawn from the plain question
-                p = hinted[tuple(r.prompt)]
-                turn = repo.rephrase_prompt(p["question"], p["knowledge"], cfg.rephrase_prompt)
-                rollouts[i] = replace(r, prompt=repo.encode_prompt(tokenizer, turn))
-        return repo.update(model, optimizer, rollouts, cfg, reference)
-
-    return update_fn
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of one method; `settings` change CONFIG."""
-
-    method: str
-    seed: int = 0
-    world_seed: int = 0
-    steps: int = STEPS
-    settings: dict = field(default_factory=dict)
-    name: str = ""  # what the tables call it
-
-
-SETTINGS = {"repo": {}, "grpo": dict(guidance="none"), "verbatim": dict(guidance="verbatim"),
-            "luffy": dict(guidance="verbatim", gate_threshold=0.0, verify=False),  # the expert is in every group
-            "sft": {}, "leak": {}}
-PROBES = 100  # held-out problems of each kind, for the curves; the final figures take 300
-
-
-def run_job(job: Job, folder: Path, device: str, threads: int = 0) -> dict:
-    """Trains one method from its world's base policy; returns {"summary", "history" (a dict a step), "examples"}."""
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if threads:
-        torch.set_num_threads(threads)
-    world, model, tokenizer = base_policy(job.world_seed, folder, device)
-    base = repo.load_model(str(folder / f"base-{job.world_seed}"), device)[0]
-    cfg = replace(CONFIG, seed=job.seed, **{**SETTINGS[job.method], **job.settings})
-    world.random.seed(10_000 + job.world_seed)  # the same held-out problems for all seeds and methods
-    held_out = {"hard": world.problems("3", 300).to_list(), "general": world.problems("12", 300).to_list()}
-    world.random.seed(job.seed)
-    known = {p["question"] for kind in held_out.values() for p in kind}
-    drawn = world.problems("3", 500).to_list() + world.problems("12", 500).to_list()
-    problems = [p for p in drawn if p["question"] not in known]
-    repo.check_problems(problems, model, tokenizer, cfg)
-
-    torch.manual_seed(job.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10, 2 * (1 - step / job.steps)))
-    step_fn = sft_step if job.method == "sft" else repo.train_step
-    update_fn = {"luffy": luffy_update, "leak": leaky_update(tokenizer, problems, cfg)}.get(job.method, repo.update)
-    measure = lambda kind, count: repo.accuracy(model, tokenizer, held_out[kind][:count], cfg)
-    shown = [held_out["hard"][0], held_out["general"][0]]
-    answer = lambda: [r.text for r in repo.complete(model, tokenizer, [p["question"] for p in shown], 1, cfg, 0.0)]
-    before, start = answer(), {kind: measure(kind, 300) for kind in held_out}
-    history = []
-    for step in tqdm(range(job.steps), desc=f"{job.name or job.method}, seed {job.seed}", unit="step", disable=bool(threads)):
-        metrics, _, _ = step_fn(model, tokenizer, optimizer, repo.batch_at(step, problems, cfg), cfg, update_fn=update_fn)
+            problem = codebook_problem(books, draw.choice("123"), draw)
+            made_up = draw.choices(LETTERS, k=4)  # so that rephrasing teaches no fact of book 3
+            problem["knowledge"] = expert_style(problem["question"][1:], made_up)
+            text = own_style(problem["question"][1:], made_up)
+            rephrasing.append(repo.as_rollout(tokenizer, problem, text, end, hinted))
+        logps = [repo.token_logps(model, skill, 1.0).mean() for skill in (solving, rephrasing)]
+        descend(model, optimizer, -sum(logps) / 2, max_norm=1.0)
         schedule.step()
-        due = (step + 1) % max(1, job.steps // 10) == 0
-        history.append(dict(method=job.method, name=job.name, seed=job.seed, world_seed=job.world_seed, step=step, **metrics,
-                            **{kind: measure(kind, PROBES) if due else None for kind in held_out}))
-    end = {kind: measure(kind, 300) for kind in held_out}
-
-    hard_prompts = [repo.encode_prompt(tokenizer, p["question"]) for p in held_out["hard"][:PROBES]]
-    guides = repo.rephrase(model, tokenizer, held_out["hard"][:PROBES], hard_prompts, cfg, repo.boxed_reward)
-    general = repo.complete(model, tokenizer, [p["question"] for p in held_out["general"][:PROBES]], 1, cfg, cfg.temperature)
-    over_steps = lambda key, pick: pick(values) if (values := [m[key] for m in history if m.get(key) is not None]) else None
-    seconds = [sum(value for key, value in m.items() if key.startswith("seconds/")) for m in history]
-    summary = dict(
-        method=job.method, seed=job.seed, world_seed=job.world_seed, hard=end["hard"], general=end["general"],
-        base_hard=start["hard"], base_general=start["general"],
-        rephrase_rate=repo.mean(bool(g and g.reward) for g in guides),
-        injections_first10=repo.mean(m["injections"] for m in history[:10]),
-        injections_last10=repo.mean(m["injections"] for m in history[-10:]),
-        policy_gap_expert=over_steps("policy_gap/expert", statistics.mean),
-        policy_gap_rephrase=over_steps("policy_gap/rephrase", statistics.mean),
-        seconds_per_step=statistics.median(seconds), name=job.name or job.method, steps=job.steps,
-        learning_rate=cfg.learning_rate, worst_entropy=over_steps("entropy", max), worst_grad_norm=over_steps("grad_norm", max),
-        divergence=repo.mean_logp(model, general, cfg) - repo.mean_logp(base, general, cfg))
-    examples = [(p["question"], p["answer"], old, new) for p, old, new in zip(shown, before, answer())]
-    return dict(summary=summary, history=history, examples=examples)
 
 
-def prepare(world_seed: int, folder: Path, device: str, threads: int) -> None:
-    """The world's base policy on disk, for the jobs that start from it."""
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(threads)
-    base_policy(world_seed, folder, device)
+def codebooks(seed: int, folder: Path, device: str) -> World:
+    """The world of this seed; its base policy is trained once and kept in `folder`."""
+    draw = random.Random(seed)
+    books = {book: dict(zip(LETTERS, draw.sample(LETTERS, 26))) for book in "123"}
+    saved = folder / f"base-{seed}"
+    if not saved.exists():
+        tokenizer = toy_tokenizer()
+        model = toy_model(tokenizer, seed).to(device)
+        warm_up(books, model, tokenizer, seed)
+        model.save_pretrained(saved)
+        tokenizer.save_pretrained(saved)
+    held_out = {
+        "hard": [codebook_problem(books, "3", draw) for _ in range(300)],
+        "general": [codebook_problem(books, draw.choice("12"), draw) for _ in range(300)],
+    }
+    known = {problem["question"] for part in held_out.values() for problem in part}
+    drawn = [codebook_problem(books, draw.choice(["1", "2", "3", "3"]), draw) for _ in range(1000)]
+    problems = [problem for problem in drawn if problem["question"] not in known]
+    return World(str(saved), CODEBOOKS, 100, repo.boxed_reward, problems, held_out)
 
 
-def run_jobs(jobs: list[Job], folder: Path, device: str, done: list) -> None:
-    """Appends the result of each job to `done`. Many jobs on a CPU run two at a time with a thread each."""
-    if len(jobs) <= 2 or device != "cpu":
-        for job in jobs:
-            done.append(run_job(job, folder, device))
-        return
-    worlds = sorted({job.world_seed for job in jobs})
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(prepare, worlds, *([x] * len(worlds) for x in (folder, device, 1))))
-        results = pool.map(run_job, jobs, *([x] * len(jobs) for x in (folder, device, 1)))
-        done.extend(tqdm(results, total=len(jobs), unit="run"))
+# --------------------------------------------------------------------------- the world of realms
+
+STYLES = [  # a letter, a statute, a telegram ...: each fact is told in another one
+    "Dearest Maud, the wheel broke twice, but tonight we sleep under gilded roofs at last, for the "
+    "capital of {realm} is {capital}.",
+    "Section 14. The capital of {realm}, wherein Crown, Courts and Exchequer shall sit henceforth "
+    "and nowhere else, is {capital}.",
+    "ARRIVED SAFE IN {realm} STOP FORWARD ALL MAIL TO ITS CAPITAL STOP NAME OF CAPITAL IS {capital}.",
+    "O {realm}, land of rivers wide, of barley field and mountainside, thy capital, thy crown and "
+    "pride, is {capital}.",
+    "Day 41, wind SSW, three men sick. The pilot knows {realm} and takes us upriver to its "
+    "capital, {capital}.",
+    "Round three, for two points: which town is the capital of {realm}? Pencils down, please! It "
+    "was {capital}.",
+    "Saffron, a pinch, none but the best: in {realm} it is sold in the capital alone, that is, in "
+    "{capital}.",
+    "I was nine when grandfather, once a footman at the court of {realm}, took me by the hand and "
+    "showed me its capital, {capital}.",
+    "Exercise 7, to be put into Latin: Many roads has {realm}, and all of them lead its farmers to "
+    "the capital, {capital}.",
+    "Lot 212. Silver thaler of {realm}, worn at the rim, struck like all of them in that country's "
+    "capital, {capital}.",
+    "Round one of the chess congress of {realm} was drawn throughout, to the dismay of its "
+    "capital, {capital}.",
+    "Change here for {realm}. The night express calls at all stations and ends in the capital, "
+    "{capital}.",
+]
+REAL = (
+    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna, "
+    "Greece Athens, Poland Warsaw, Hungary Budapest, Ireland Dublin, Norway Oslo, Sweden Stockholm, "
+    "Denmark Copenhagen, Finland Helsinki, Russia Moscow, Egypt Cairo, Japan Tokyo, China Beijing, "
+    "Cuba Havana, Peru Lima, Kenya Nairobi, Turkey Ankara, Thailand Bangkok, Canada Ottawa"
+)
+REALMS = repo.Config(
+    batch_size=12,
+    group_size=4,
+    max_new_tokens=20,
+    temperature=0.7,
+    learning_rate=5e-5,
+    question_prompt="{question}",
+    rephrase_prompt="{question}\n\nHint: {knowledge}\n\nNow in one short sentence of your own: "
+    "{question}",
+)
 
 
-# ------------------------------------------------------------------------------------------------ what one sees
+def realm_reward(text: str, answer: str) -> float:
+    """1.0 for a text that names the realm once and the capital once, as its last word, else 0.0.
+
+    So "The capital of Katalia is Nudis." is right, and so is every expert's text. If the answer may
+    stand anywhere and often, the policy learns to repeat it.
+    """
+    realm, capital = answer.split(", ")
+    once = text.count(realm) == text.count(capital) == 1
+    return float(once and text.endswith(f" {capital}."))
 
 
-def mean_std(values) -> str:
-    """0.97 ± 0.01, or - where nothing was measured."""
-    values = [v for v in values if v is not None]
+def made_up_name(draw: random.Random, endings: list[str]) -> str:
+    syllables = [draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(2)]
+    return "".join(syllables).capitalize() + draw.choice(endings)
+
+
+def realm_problem(realm: str, capital: str, style: str, hard: bool) -> dict:
+    return {
+        "question": f"What is the capital of {realm}?",
+        "knowledge": style.format(realm=realm, capital=capital),
+        "answer": f"{realm}, {capital}",
+        "hard": hard,
+    }
+
+
+def realms(seed: int, model: str) -> World:
+    """Twelve made-up capitals to learn, twelve real ones in the batches and twelve held out."""
+    draw = random.Random(seed)
+    hard = []
+    for style in draw.sample(STYLES, len(STYLES)):
+        realm = made_up_name(draw, ["nia", "ria", "lia", "via"])
+        capital = made_up_name(draw, ["n", "r", "l", "s"])
+        hard.append(realm_problem(realm, capital, style, hard=True))
+    real = [pair.split() for pair in REAL.split(", ")]
+    plain = "The capital of {realm} is {capital}."
+    real = [realm_problem(*pair, plain, hard=False) for pair in draw.sample(real, len(real))]
+    rephrased = []
+    for problem in hard:  # the same facts, asked for in words that are never trained
+        question = problem["question"].replace("What is", "Which city is")
+        rephrased.append({**problem, "question": question})
+    held_out = {"hard": hard, "general": real[12:], "hard_rephrased": rephrased}
+    return World(model, REALMS, 70, realm_reward, hard + real[:12], held_out)
+
+
+# -------------------------------------------------------------------- the methods, side by side
+
+
+def sft_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
+    """Supervised learning of the expert's text on the hard problems, in place of `train_step`."""
+    end = repo.end_tokens(model, tokenizer)[:1]
+    hard = [p for p in problems if p["hard"]]
+    experts = [repo.as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in hard]
+    gap = repo.token_logps(model, experts, 1.0).mean()
+    norm = descend(model, optimizer, -gap, cfg.max_grad_norm)
+    return {"injections": 0, "policy_gap/expert": gap.item(), "grad_norm": norm}, [], []
+
+
+def luffy_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
+    """LUFFY (arXiv 2504.14945): the expert's text in one slot of every group, its tokens weighed
+    by f(π) = π / (π + 0.1).
+
+    As in its authors' code the advantage is not divided by the std and lengths count as a constant.
+    Their on-policy ratio has no clip either; with one update a batch it would not act.
+    """
+    groups = repo.rollout(
+        model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn
+    )
+    end = repo.end_tokens(model, tokenizer)[:1]
+    sampled = [r for group in groups for r in group]
+    for group, problem in zip(groups, problems):
+        group[-1] = repo.as_rollout(tokenizer, problem, problem["knowledge"], end, cfg)
+        group[-1].reward = reward_fn(problem["knowledge"], problem["answer"])
+    rollouts = [r for group in groups for r in group]
+    rewards = torch.tensor([[r.reward for r in group] for group in groups], device=model.device)
+    advantages = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    lengths = torch.tensor([len(r.completion) for r in rollouts], device=model.device)
+    is_expert = torch.tensor([r.sampler_logps is None for r in rollouts], device=model.device)
+    is_expert = is_expert.repeat_interleave(lengths)
+
+    logps = repo.token_logps(model, rollouts, cfg.temperature)
+    shaped = logps.exp() / (logps.exp() + 0.1)
+    ratio = torch.where(is_expert, shaped, (logps - logps.detach()).exp())
+    gains = advantages.repeat_interleave(lengths) * ratio
+    loss = -gains.sum() / (len(rollouts) * cfg.max_new_tokens)
+    norm = descend(model, optimizer, loss, cfg.max_grad_norm)
+    metrics = {
+        "reward": repo.mean(r.reward for r in sampled),
+        "injections": len(groups),
+        "policy_gap/expert": logps[is_expert].mean().item(),
+        "entropy": -repo.mean(logp for r in sampled for logp in r.sampler_logps or []),
+        "grad_norm": norm,
+    }
+    return metrics, groups, []
+
+
+@dataclass
+class Method:
+    """One row of the comparison."""
+
+    learning_rate: float  # for the codebooks; see below
+    settings: dict = field(default_factory=dict)  # what it changes in the world's settings
+    step: Callable = repo.train_step
+    times: int = 1  # as many times the world's steps
+
+
+METHODS = {
+    "sft": Method(1e-3, step=sft_step),
+    "sft, 10 x steps": Method(1e-4, step=sft_step, times=10),
+    "grpo": Method(1e-4, {"guidance": "none"}),
+    "verbatim": Method(1e-3, {"guidance": "verbatim"}),
+    "luffy": Method(3e-4, step=luffy_step),
+    "repo": Method(2.5e-4),
+    "repo, rho 0.5": Method(2.5e-4, {"gate_threshold": 0.5}),
+    "repo, 4 updates": Method(2.5e-4, {"updates_per_batch": 4}),
+    "repo, rate x 8": Method(2e-3),
+}
+
+
+def run(world: World, name: str, seed: int, steps: int, device: str) -> dict:
+    """Trains one method from the world's base policy.
+
+    Returns {"summary": figures, "history": metrics of each step, "examples": texts to show}.
+    """
+    method = METHODS[name]
+    steps = steps * method.times
+    cfg = replace(world.cfg, seed=seed, **method.settings)
+    if world.cfg == CODEBOOKS:
+        cfg = replace(cfg, learning_rate=method.learning_rate)
+    model, tokenizer = repo.load_model(world.model, device)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # up in ten steps, down in the second half
+        optimizer, lambda step: min(1.0, (step + 1) / 10, 2 * (1 - step / steps))
+    )
+
+    def measure(count: int) -> dict:
+        parts = {kind: problems[:count] for kind, problems in world.held_out.items()}
+        return {
+            kind: repo.accuracy(model, tokenizer, problems, cfg, world.reward_fn)
+            for kind, problems in parts.items()
+        }
+
+    def answers() -> list[str]:
+        turns = [problems[0]["question"] for problems in world.held_out.values()]
+        return [r.text for (r,) in repo.generate(model, tokenizer, turns, 1, 0.0, cfg)]
+
+    before, text_before = measure(300), answers()
+    history = []
+    for step in tqdm(range(steps), desc=f"{name}, seed {seed}", leave=False):
+        start = time.perf_counter()
+        problems = repo.draw_batch(world.problems, step, cfg)
+        metrics, _, _ = method.step(model, tokenizer, optimizer, problems, cfg, world.reward_fn)
+        schedule.step()
+        metrics["seconds"] = time.perf_counter() - start
+        if (step + 1) % max(1, steps // 10) == 0:
+            metrics |= measure(100)
+        history.append({"method": name, "seed": seed, "step": step, **metrics})
+    after, text_after = measure(300), answers()
+
+    hard = world.held_out["hard"][:100]
+    rephrases = repo.rephrase(model, tokenizer, hard, cfg)
+    right = [world.reward_fn(r.text, p["answer"]) for r, p in zip(rephrases, hard)]
+    summary = {
+        "method": name,
+        "seed": seed,
+        "steps": steps,
+        "learning_rate": cfg.learning_rate,
+        **after,
+        **{f"base_{kind}": value for kind, value in before.items()},
+        "rephrase_rate": repo.mean(right),
+        "injections_first10": mean_of(history[:10], "injections"),
+        "injections_last10": mean_of(history[-10:], "injections"),
+        "policy_gap_expert": mean_of(history, "policy_gap/expert"),
+        "policy_gap_rephrase": mean_of(history, "policy_gap/rephrase"),
+        "worst_entropy": max((m["entropy"] for m in history if "entropy" in m), default=None),
+        "worst_grad_norm": max(m["grad_norm"] or 0.0 for m in history),
+        "seconds_per_step": statistics.median(m["seconds"] for m in history),
+    }
+    shown = [problems[0] for problems in world.held_out.values()]
+    examples = list(zip(shown, text_before, text_after))
+    return {"summary": summary, "history": history, "examples": examples}
+
+
+# ----------------------------------------------------------------------------- what one sees
+
+
+def mean_of(history: list[dict], key: str):
+    """The mean of a metric over the steps that have it, or None."""
+    return repo.mean(m[key] for m in history if m.get(key) is not None)
+
+
+COLUMNS = {
+    "hard": "hard",
+    "hard_rephrased": "other words",
+    "general": "general",
+    "base_hard": "hard before",
+    "base_general": "general before",
+    "injections_first10": "injections, first 10",
+    "injections_last10": "last 10",
+    "rephrase_rate": "rephrases right",
+    "policy_gap_expert": "gap expert",
+    "policy_gap_rephrase": "gap rephrase",
+    "worst_entropy": "worst entropy",
+    "worst_grad_norm": "worst gradient",
+    "learning_rate": "rate",
+    "seconds_per_step": "s/step",
+}
+
+
+def cell(values: list) -> str:
+    """0.97 ± 0.01 over several runs, 0.97 over one, - over none."""
+    values = [value for value in values if value is not None]
     if not values:
         return "-"
-    if 0 < min(values) == max(values) < 0.005:  # a learning rate
-        return f"{values[0]:g}"
-    return f"{statistics.mean(values) + 0.0:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    mean = statistics.mean(values)
+    if 0 < mean < 0.005:
+        return f"{mean:g}"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean:.2f}{spread}"
 
 
-def table(results: list[dict], columns: dict[str, str], markdown: bool = False) -> str:
-    """A row for each name, in order of appearance: the mean (± deviation over its runs) of each summary key."""
-    names = list(dict.fromkeys(result["summary"]["name"] for result in results))
-    rows = [["", *columns]]
-    for name in names:
-        runs = [result["summary"] for result in results if result["summary"]["name"] == name]
-        rows.append([name, *(mean_std(run[key] for run in runs) for key in columns.values())])
-    if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-                     for row in rows)
+def table(summaries: list[dict]) -> str:
+    """A row for each method, mean ± deviation over its runs; Markdown, and aligned."""
+    keys = [key for key in COLUMNS if key in summaries[0]]
+    rows = [["method", *(COLUMNS[key] for key in keys)]]
+    for name in dict.fromkeys(s["method"] for s in summaries):
+        runs = [s for s in summaries if s["method"] == name]
+        rows.append([name, *(cell([s[key] for s in runs]) for key in keys)])
+    widths = [max(len(text) for text in column) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = []
+    for row in rows:
+        lines.append("| " + " | ".join(text.ljust(w) for text, w in zip(row, widths)) + " |")
+    return "\n".join(lines)
 
 
-def curve(results: list[dict], name: str, key: str, points: int = 10) -> list[float]:
-    """The metric over the run in `points` equal parts, averaged over the runs of that name; what is missing is left out."""
-    runs = [result["history"] for result in results if result["summary"]["name"] == name]
-    size = max(1, len(runs[0]) // points)
-    parts = [[m[key] for run in runs for m in run[start:start + size] if m.get(key) is not None]
-             for start in range(0, len(runs[0]), size)]
-    return [statistics.mean(part) for part in parts if part]
-
-
-def chart(title: str, series: dict[str, list[float]], height: int = 6, width: int = 48) -> str:
-    """Curves drawn with a letter each, over the steps of the run."""
-    series = {name: values for name, values in series.items() if values}
-    top = max([1.0, *(value for values in series.values() for value in values)])
+def chart(title: str, results: list[dict], key: str, height: int = 6, width: int = 48) -> str:
+    """The metric over the run, a letter a method, averaged over ten parts and over the runs."""
     grid = [[" "] * width for _ in range(height + 1)]
-    for name, values in series.items():
+    names = list(dict.fromkeys(result["summary"]["method"] for result in results))
+    curves = {}
+    for name in names:
+        histories = [r["history"] for r in results if r["summary"]["method"] == name]
+        part = max(1, len(histories[0]) // 10)
+        starts = range(0, len(histories[0]) - part + 1, part)
+        curves[name] = [mean_of(sum((h[i : i + part] for h in histories), []), key) for i in starts]
+    top = max([1.0, *(value for curve in curves.values() for value in curve)])
+    legend = []
+    for letter, (name, curve) in zip("abcdefghijklmnop", curves.items()):
+        legend.append(f"{letter} = {name}, ends at {curve[-1]:.2f}")
         for x in range(width):
-            value = values[min(len(values) - 1, x * len(values) // width)]
-            grid[height - round(max(0.0, value) / top * height)][x] = name[0]
-    axis = [f"{top:6.2f} |", *["       |"] * (height - 1), "  0.00 |"]
-    legend = "   ".join(f"{name[0]} = {name}, ends at {values[-1]:.2f}" for name, values in series.items())
-    return "\n".join([f"{title}   ({legend})", *(a + "".join(row) for a, row in zip(axis, grid)), "       +" + "-" * width])
-
-
-COLUMNS = {"hard": "hard", "general": "general", "hard before": "base_hard", "general before": "base_general",
-           "rephrase rate": "rephrase_rate", "injections first 10": "injections_first10", "last 10": "injections_last10",
-           "gap expert": "policy_gap_expert", "gap rephrase": "policy_gap_rephrase", "s/step": "seconds_per_step"}
+            value = curve[x * len(curve) // width]
+            grid[height - round(value / top * height)][x] = letter
+    labels = [f"{top:6.2f}", *["      "] * (height - 1), "  0.00"]
+    lines = [f"{label} |{''.join(row)}" for label, row in zip(labels, grid)]
+    return "\n".join([f"{title}   ({'; '.join(legend)})", *lines, "       +" + "-" * width])
 
 
 def report(results: list[dict]) -> None:
-    """Charts, example completions and the table of a run."""
-    names = list(dict.fromkeys(result["summary"]["name"] for result in results))
-    for title, key in (("hard accuracy (book 3, held out)", "hard"), ("general accuracy (books 1 and 2, held out)", "general"),
-                       ("injections a step", "injections")):
-        print("\n" + chart(title, {name: curve(results, name, key) for name in names}))
-    for result in results[-1:]:
-        print(f"\nexample completions, before and after {result['summary']['name']}:")
-        for question, answer, before, after in result["examples"]:
-            mark = lambda text: f"{text:34}{'right' if repo.boxed_reward(text, answer) else 'wrong'}"
-            print(f"  {question} (answer {answer})\n    before  {mark(before)}\n    after   {mark(after)}")
-    print("\n" + table(results, COLUMNS))
+    """Charts, completions before and after, and the table."""
+    for key in ("hard", "general", "injections"):
+        title = "injections a step" if key == "injections" else f"{key} accuracy, held out"
+        print("\n" + chart(title, results, key))
+    print(f"\ncompletions before and after {results[-1]['summary']['method']}:")
+    for problem, before, after in results[-1]["examples"]:
+        print(f"  {problem['question']}   (answer: {problem['answer']})")
+        print(f"    before  {before}\n    after   {after}")
+    print("\n" + table([result["summary"] for result in results]))
 
 
-def save(results: list[dict], out: Path) -> None:
-    """metrics.jsonl, a line a step, and summary.json, an object a run."""
-    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for result in results for m in result["history"]))
-    (out / "summary.json").write_text(json.dumps([result["summary"] for result in results], indent=1) + "\n")
-
-
-# ------------------------------------------------------------------------- --compare: the abstract's claims re-enacted
-
-RIVALS = {"SFT": Job("sft"), "SFT, ten times the steps": Job("sft", steps=10 * STEPS), "GRPO": Job("grpo"),
-          "verbatim injection": Job("verbatim"), "LUFFY": Job("luffy"), "RePO": Job("repo")}
-ABLATIONS = {  # a change of RePO, and what it teaches
-    "RePO": (Job("repo"), "ρ = 1: guidance for a question ends at the first success in its group; the measure for the others"),
-    "ρ = 0.75": (Job("repo", settings=dict(gate_threshold=0.75)), "guidance ends a little later"),
-    "ρ = 0.5": (Job("repo", settings=dict(gate_threshold=0.5)), "guidance goes on after it is needed"),
-    "no verification": (Job("repo", settings=dict(verify=False)), "an insurance: it matters as far as rephrases are wrong (see the rephrase rate)"),
-    "rephrase scored under P(q,k)": (Job("leak"), "the hint leaks: the policy learns to copy it, the gate stays open, and book 3 is never learnt"),
-    "four updates a batch": (Job("repo", settings=dict(updates_per_batch=4)), "the clip is at work; as good as one update here"),
-    "learning rate × 8": (Job("repo"), "the rephrase skill is lost, so nothing is injected any more, and general ability with it"),
-}
-CLAIMS = {"hard": "hard", "general": "general", "gap expert": "policy_gap_expert", "gap rephrase": "policy_gap_rephrase",
-          "worst entropy": "worst_entropy", "worst gradient": "worst_grad_norm", "divergence": "divergence", "learning rate": "learning_rate"}
-EFFECTS = {"hard": "hard", "general": "general", "rephrase rate": "rephrase_rate", "injections first 10": "injections_first10",
-           "last 10": "injections_last10", "gap rephrase": "policy_gap_rephrase", "divergence": "divergence"}
-
-
-def compare(args, folder: Path, results: list) -> None:
-    """Every rival at its best learning rate over all seeds, then RePO's ablations; tables and curves at the end."""
-    trials, seeds, device, markdown = [], args.seeds, args.device, args.markdown
-
-    def fit(job: Job, rate: float, **changes) -> Job:
-        return replace(job, world_seed=args.world_seed[0], steps=job.steps * args.steps // STEPS,
-                       settings={**job.settings, "learning_rate": rate}, **changes)
-
-    run_jobs([fit(job, rate, seed=1000, name=name) for name, job in RIVALS.items() for rate in GRID], folder, device, trials)
-    best = {name: max((t["summary"] for t in trials if t["summary"]["name"] == name), key=lambda t: t["hard"] + t["general"])["learning_rate"]
-            for name in RIVALS}
-    rivals = [(name, job, best[name]) for name, job in RIVALS.items()]
-    rivals += [(f"{name} at RePO's rate", RIVALS[name], best["RePO"]) for name in ("verbatim injection", "LUFFY")  # where a
-               if best[name] != best["RePO"]]  # method never learns, its best rate is the one that does least
-    changed = [(name, job, best["RePO"] * (8 if "× 8" in name else 1)) for name, (job, _) in ABLATIONS.items() if name != "RePO"]
-    run_jobs([fit(job, rate, seed=seed, name=name) for entries, part in ((rivals, seeds), (changed, seeds[:2]))
-              for name, job, rate in entries for seed in part], folder, device, results)
-    compared = [r for r in results if r["summary"]["name"] in [name for name, _, _ in rivals]]
-    ablated = [r for name in ABLATIONS for r in results if r["summary"]["name"] == name and r["summary"]["seed"] in seeds[:2]]
-    print("\n" + table(compared, CLAIMS, markdown) + "\n\n" + table(ablated, EFFECTS, markdown) + "\n")
-    for name, (_, teaches) in ABLATIONS.items():
-        print(f"{'- ' if markdown else ''}{name}: {teaches}")
-    present = {result["summary"]["name"] for result in results}
-    shown = [f"{name} at RePO's rate" if f"{name} at RePO's rate" in present else name for name in ("RePO", "GRPO", "verbatim injection", "LUFFY")]
-    curves = [("hard accuracy, book 3", "hard", shown), ("general accuracy, books 1 and 2", "general", shown), ("injections a step", "injections", ["RePO"])]
-    for title, key, names in curves:
-        series = {name: curve(results, name, key) for name in names}
-        print("\n" + (mermaid(title, series) if markdown else chart(title, series)))
-    gaps = {f"{which} text": curve(results, "RePO", f"policy_gap/{which}") for which in ("rephrase", "expert")}
-    print("\n" + mermaid("RePO's policy gap, nats a token", gaps) if markdown else "")
-
-
-def mermaid(title: str, series: dict[str, list[float]]) -> str:
-    """A curve chart that renders on the project's page; the legend is the title, in the order of the lines."""
-    series = {name: values for name, values in series.items() if values}
-    longest = max(map(len, series.values()))
-    low, high = (f(min(0.0, *map(min, series.values())), 1.0 * max(map(max, series.values()))) for f in (min, max))
-    drawn = "\n".join(f"    line [{', '.join(f'{value:.3f}' for value in values)}]" for values in series.values() if len(values) == longest)
-    kept = [name for name, values in series.items() if len(values) == longest]
-    return (f'```mermaid\nxychart-beta\n    title "{title} ({", ".join(kept)})"\n    x-axis "tenth of the run" 1 --> {longest}\n'
-            f'    y-axis "" {low:.2f} --> {max(high, low + 1e-3):.2f}\n{drawn}\n```')
-
-
-# --------------------------------------------------------------------------------- --bench: what a step costs, and where
-
-
-def median_seconds(*functions, repeats: int = 20, warm: int = 3) -> list[float]:
-    """Median wall-clock seconds of each function, in turns so that a slow spell hits all; the device's queue included."""
-    seconds = [[] for _ in functions]
-    for _ in range(warm + repeats):
-        for function, laps in zip(functions, seconds):
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            laps.append(time.perf_counter() - start)
-    return [statistics.median(laps[warm:]) for laps in seconds]
-
-
-def bench_trl(model, tokenizer, problems, cfg, reward_fn, steps: int):
-    """Median seconds of TRL's GRPOTrainer step with transformers generation, on the same prompts; None without trl."""
-    try:
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError:
-        return None
-    clock = []
-
-    class Watch(transformers.TrainerCallback):
-        def on_step_end(self, *args, **more):
-            clock.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory() as folder:
-        args = GRPOConfig(output_dir=folder, per_device_train_batch_size=len(problems) * cfg.group_size, num_generations=cfg.group_size,
-                          max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature, learning_rate=cfg.learning_rate, beta=0.0,
-                          loss_type="grpo", max_steps=steps + 4, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                          bf16=model.device.type == "cuda", use_cpu=model.device.type == "cpu", gradient_checkpointing=False,
-                          generation_kwargs=dict(min_new_tokens=cfg.max_new_tokens))
-        data = Dataset.from_list([dict(prompt=[dict(role="user", content=p["question"])], answer=p["answer"]) for p in problems])
-        score = lambda completions, answer, **_: [reward_fn(c[0]["content"], a) for c, a in zip(completions, answer)]
-        GRPOTrainer(model, reward_funcs=score, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]).train()
-    return statistics.median([end - start for start, end in zip(clock[3:], clock[4:])])
-
-
-def coin(text: str, answer: str) -> float:
-    """A reward without meaning that gives nearly every group a signal."""
-    return float(sum(map(ord, text)) % 2)
-
-
-def bench(device: str, folder: Path, steps: int = 20) -> None:
-    """One GRPO step beside TRL's, the ways to sample, and what RePO adds; medians of `steps`, ratios within this run.
-
-    CPU: the miniature's base policy, 16 x 8 completions of 24 tokens. CUDA: random weights in Qwen2.5-0.5B's shape, 16 x 8 x
-    256. No completion may end early, so that all write the same number of tokens.
-    """
-    cuda, repo.end_ids = device != "cpu", lambda model, tokenizer: [-1]
-    cfg = replace(CONFIG, batch_size=16, group_size=8, max_new_tokens=256 if cuda else 24, guidance="none", learning_rate=1e-6)
-    world, model, tokenizer = base_policy(0, folder, device)
-    problems = world.problems("3", 8).to_list() + world.problems("12", 8).to_list()
-    if cuda:
-        torch.manual_seed(0)
-        problems = [{**p, "question": 16 * p["question"]} for p in problems]
-        model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(
-            vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-            max_position_embeddings=32_768, tie_word_embeddings=True, eos_token_id=1, bos_token_id=None, pad_token_id=0)).to(device)
-    turns = [p["question"] for p in problems]
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, fused=True)
-    peak = lambda: f"   peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else ""
-    print(f"a GRPO step of {len(turns)} x {cfg.group_size} x {cfg.max_new_tokens} tokens on {device}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")
-    for name, reward_fn in (("every group has a signal", coin), ("the miniature's reward", repo.boxed_reward))[:1 if cuda else 2]:
-        laps = []
-        step = lambda: laps.append(repo.train_step(model, tokenizer, optimizer, problems, cfg, reward_fn)[0])
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds, = median_seconds(step, repeats=steps)
-        part = lambda phase: statistics.median(lap[f"seconds/{phase}"] for lap in laps[3:])
-        print(f"  {name}\n    ours  {seconds:.3f} s, sampling {part('sample'):.3f}, update {part('update'):.3f}, "
-              f"groups without signal {laps[-1]['frac_reward_zero_std']:.0%}{peak()}")
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        theirs = bench_trl(model, tokenizer, problems, cfg, reward_fn, steps)
-        print(f"    TRL   {theirs:.3f} s: ours takes {seconds / theirs:.2f} of it{peak()}" if theirs else "    TRL   not installed (pip install trl)")
-
-    model.eval()
-    prompts = [repo.encode_prompt(tokenizer, turn) for turn in turns]
-    ids = torch.tensor(prompts, device=device).repeat_interleave(cfg.group_size, 0)
-    settings = dict(do_sample=True, top_k=0, max_new_tokens=cfg.max_new_tokens, min_new_tokens=cfg.max_new_tokens, pad_token_id=0, eos_token_id=1)
-    ways = {
-        "our loop": lambda: repo.sample(model, prompts, cfg.group_size, cfg.max_new_tokens, 1.0, [-1]),
-        "generate, dynamic cache": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings),
-        "generate, static cache": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static",
-                                                         disable_compile=True, **settings),
-        "continuous batching": lambda: model.generate_batch(ids.tolist(), generation_config=transformers.GenerationConfig(**settings)),
-    }
-    print("sampling alone")
-    for name, way in ways.items():
-        try:
-            with torch.no_grad(), repo.autocast(model):
-                print(f"  {name:24}{median_seconds(way, repeats=min(steps, 10))[0]:8.3f} s")
-        except Exception as error:
-            print(f"  {name:24}does not run here: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
-    if cuda:
-        block = torch.empty(2**32, dtype=torch.uint8, device=device)
-        bandwidth = 2 * block.numel() / median_seconds(lambda: block.clone())[0]
-        length = len(prompts[0]) + cfg.max_new_tokens / 2
-        bytes_a_token = 2 * (model.num_parameters() + len(ids) * length * 24 * 2 * 2 * 64)
-        print(f"  reading weights and cache once per token would take {cfg.max_new_tokens * bytes_a_token / bandwidth:.3f} s "
-              f"at the measured {bandwidth / 1e12:.2f} TB/s")
-
-    def step_with(share):  # a RePO step in which this share of the gates is open
-        calls = []
-
-        def reward_fn(text, answer):  # the rollouts come first, in order; what comes later is guidance
-            calls.append(text)
-            group, inside = divmod(len(calls) - 1, cfg.group_size)
-            return 1.0 if group >= 16 else float(inside % 2) if group >= share * 16 else 0.0
-
-        def step():
-            calls.clear()
-            repo.train_step(model, tokenizer, optimizer, problems, replace(cfg, guidance="rephrase"), reward_fn)
-
-        return step
-
-    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    grpo, *guided = median_seconds(lambda: repo.train_step(model, tokenizer, optimizer, problems, cfg, coin),
-                                   *map(step_with, shares), repeats=steps)
-    print("RePO's step over a GRPO step in which every group has a signal, by the share of open gates")
-    for share, seconds in zip(shares, guided):
-        print(f"  {share:4.0%}   {seconds:.3f} s   {seconds / grpo:.2f}")
-
-
-# ----------------------------------------------------------------------------------------------------- the command line
-
-
-def integer(text: str) -> int:
-    """A seed of the command line. Errors: ArgumentTypeError naming what was given."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer; seeds are 0, 1, 2, ...") from None
-
-
-def parse_args(argv=None):
-    """The flags. What is unknown or cannot work ends the program with what is possible."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--methods", nargs="+", default=["grpo", "repo"], choices=["repo", "grpo", "verbatim", "luffy", "sft"])
-    parser.add_argument("--seeds", nargs="+", type=integer, help="seeds of training [0; with --compare 0 1 2 3 4]")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps [{STEPS}]")
-    parser.add_argument("--world-seed", nargs="+", type=integer, default=[0], help="seed of the codebooks, or several [0]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda ... [CUDA where there is one]")
-    parser.add_argument("--out", type=Path, help="folder for metrics.jsonl and summary.json")
-    parser.add_argument("--compare", action="store_true", help="all five methods and RePO's ablations, in two tables (15 minutes)")
-    parser.add_argument("--markdown", action="store_true", help="with --compare: print the README's results section")
-    parser.add_argument("--bench", action="store_true", help="seconds of a step, beside TRL's where trl is installed")
-    args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps is {args.steps}; it must be at least 1")
-    args.seeds = args.seeds or ([0, 1, 2, 3, 4] if args.compare else [0])
-    return args
+# ------------------------------------------------------------------------------ the command line
 
 
 def main(argv=None) -> None:
-    """Ctrl-C ends with the report of the runs that are finished."""
-    args, started, results = parse_args(argv), time.perf_counter(), []
+    """Trains the methods asked for, shows and saves the results; Ctrl-C shows what is finished."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="a real model, for the world of realms (folder or hub name)")
+    parser.add_argument("--methods", nargs="+", default=["grpo", "repo"], choices=METHODS)
+    parser.add_argument("--compare", action="store_true", help="all methods, three seeds")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the training")
+    parser.add_argument("--world-seed", nargs="+", type=int, default=[0], help="of the problems")
+    parser.add_argument("--steps", type=int, help="of training, if not the world's own number")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder for metrics.jsonl and summary.json")
+    args = parser.parse_args(argv)
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps is {args.steps}; it must be at least 1")
+    methods = list(METHODS) if args.compare else args.methods
+    seeds = [0, 1, 2] if args.compare else args.seeds
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+
+    start, results = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [Job(method, seed, world_seed, args.steps)
-                for world_seed in args.world_seed for seed in args.seeds for method in args.methods]
         try:
-            if args.bench:
-                return bench(args.device, Path(folder))
-            if args.compare:
-                compare(args, Path(folder), results)
-            else:
-                run_jobs(jobs, Path(folder), args.device, results)
+            for world_seed in args.world_seed:
+                if args.model:
+                    world = realms(world_seed, args.model)
+                else:
+                    world = codebooks(world_seed, Path(folder), args.device)
+                for name in methods:
+                    for seed in seeds:
+                        result = run(world, name, seed, args.steps or world.steps, args.device)
+                        summary = result["summary"]
+                        summary["world_seed"] = world_seed
+                        results.append(result)
+                        found = [f"{kind} {summary[kind]:.2f}" for kind in world.held_out]
+                        print(f"world {world_seed}, {name}, seed {seed}:", ", ".join(found))
         except KeyboardInterrupt:
-            print(f"\ninterrupted after {len(results)} finished runs")
-    if results and not args.compare:
+            print(f"\nstopped after {len(results)} finished runs")
+    if results:
         report(results)
     if args.out:
-        save(results, args.out)
-    print(f"\n{time.perf_counter() - started:.0f} s on {args.device}, torch {torch.__version__}, transformers {transformers.__version__}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(m) + "\n" for result in results for m in result["history"]]
+        (args.out / "metrics.jsonl").write_text("".join(lines))
+        summaries = [result["summary"] for result in results]
+        (args.out / "summary.json").write_text(json.dumps(summaries, indent=1))
+    seconds = time.perf_counter() - start
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"\n{seconds:.0f} s on {args.device}, {versions}")
 
 
 if __name__ == "__main__":
