@@ -184,10 +184,10 @@ def autocast(model):
 def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     """Draws `num_samples` completions of each prompt from exactly softmax(logits / T).
 
-
-    T = 0 is greedy. `prompts` are lists of token ids. Returns (token ids, log-probability of each)
-    for each completion, those of a prompt side by side. It ends with the first token that is in `ends`, or after
-    `max_new_tokens` without one. Errors: RepoError if the model keeps no cache of keys and values.
+    `prompts` are lists of token ids; T = 0 is greedy. Returns (token ids, log-probability of each)
+    for each completion, those of a prompt side by side. A completion ends with its first token in
+    `ends`, or after `max_new_tokens` without one.
+    Errors: RepoError if the model keeps no cache of keys and values whose rows can be rearranged.
 
     A loop of our own: `generate` follows the checkpoint's top-k, top-p and penalties, and takes
     twice as long. Here a prompt is read once for all its samples, and finished rows leave.
@@ -270,7 +270,9 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
 # ----------------------------------------------------------------------------------- 2. rephrase
 
 THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.S)
-CONTROL_TOKEN = re.compile(r"<[|｜][^<>|｜\n]{1,40}[|｜]>(?:assistant\n)?|</?s>|<(?:start|end)_of_turn>")
+CONTROL_TOKEN = re.compile(
+    r"<[|｜][^<>|｜\n]{1,40}[|｜]>(?:assistant\n)?|</?s>|<(?:start|end)_of_turn>"
+)
 META = re.compile(
     r"rephras|paraphras|own words|(?:reference|expert|given|provided)(?:'s|’s)? (?:solution|answer)"
     r"|the reference(?! \w)|the reference (?:says|states|shows|uses)"
@@ -638,7 +640,7 @@ class Run:
     eval_split: Optional[str] = setting(None, "split for the accuracy before and after training")
     question_column: str = setting("question", "column of the question")
     knowledge_column: str = setting("answer", "column of the expert's solution")
-    answer_column: str = setting("answer", "column of the answer, also boxed or, as GSM8K, after ####")
+    answer_column: str = setting("answer", "column of the answer, bare, boxed or after ####")
     steps: int = setting(100, "training steps")
     save_every: int = setting(50, "steps between checkpoints, each with a look at completions")
     resume: bool = setting(False, "go on from the checkpoint in --out")
@@ -683,7 +685,7 @@ def load_problems(run: Run, split: str) -> list[dict]:
     if left_out:
         print(f"{left_out} of {len(data)} records lack question, knowledge or answer: left out")
     if not problems:
-        raise RepoError(f"{run.dataset!r} has no usable record in {split!r}; check split and columns")
+        raise RepoError(f"{run.dataset!r} has no usable record in {split!r}; check the columns")
     return problems
 
 
@@ -700,9 +702,9 @@ def check_lengths(problems, model, tokenizer, cfg):
     for problem in problems:
         prompt = encode_prompt(tokenizer, fill(cfg.rephrase_prompt, problem))
         if len(prompt) + cfg.max_new_tokens > context:
-            raise RepoError(f"{len(prompt)} tokens of P(q,k) and max_new_tokens {cfg.max_new_tokens} "
-                            f"do not fit the model's context of {context}; lower max_new_tokens or "
-                            f"drop the problem: {problem['question']}")
+            raise RepoError(f"{len(prompt)} tokens of P(q,k) and max_new_tokens "
+                            f"{cfg.max_new_tokens} do not fit the model's context of {context}; "
+                            f"lower it or drop the problem: {problem['question']}")
 
 
 def draw_batch(problems, step, cfg) -> list[dict]:
@@ -744,7 +746,8 @@ def train(run: Run, cfg: Config):
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
     log, checkpoint = out / "metrics.jsonl", out / "checkpoint.pt"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.touch()
+    lines = log.read_text().splitlines(keepends=True)
     if (lines or checkpoint.exists()) and not run.resume:
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
     model, tokenizer = load_model(run.model, run.device)
@@ -759,7 +762,7 @@ def train(run: Run, cfg: Config):
     settings = {**asdict(run), **asdict(cfg)}
     settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
     start = load_checkpoint(checkpoint, model, optimizer, settings) if checkpoint.exists() else 0
-    log.write_text("".join(lines[:start]))  # a killed run may have gone past its checkpoint
+    os.truncate(log, len("".join(lines[:start])))  # a killed run may be past its checkpoint
     bar = tqdm(range(start, run.steps), initial=start, total=run.steps)
     for step in bar:
         batch = draw_batch(problems, step, cfg)

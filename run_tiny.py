@@ -78,7 +78,7 @@ def expert_style(letters, answer) -> str:
     return " ".join(spelled) + " \\boxed{" + "".join(answer) + "}"
 
 
-def codebook_problem(books: dict, book: str, draw: random.Random) -> dict:
+def codebook_problem(books, book, draw) -> dict:
     """A problem on four random letters."""
     letters = draw.choices(LETTERS, k=4)
     answer = [books[book][letter] for letter in letters]
@@ -90,7 +90,7 @@ def codebook_problem(books: dict, book: str, draw: random.Random) -> dict:
     }
 
 
-def toy_tokenizer() -> PreTrainedTokenizerFast:
+def toy_tokenizer():
     """Word-level, 64 tokens, with a chat template that ends the user's turn in "="."""
     tokens = ["<pad>", "<eos>", *"123;=?}", "\\boxed{", *LETTERS, *(word + " " for word in WORDS)]
     ids = {token: i for i, token in enumerate(tokens)}
@@ -102,7 +102,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def toy_model(tokenizer, seed: int):
+def toy_model(tokenizer, seed):
     """A Llama of two layers and 0.3 million weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -120,7 +120,7 @@ def toy_model(tokenizer, seed: int):
     return AutoModelForCausalLM.from_config(config)
 
 
-def descend(model, optimizer, loss, max_norm: float) -> float:
+def descend(model, optimizer, loss, max_norm) -> float:
     """One optimizer step down `loss`; returns the norm of the gradient."""
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -129,15 +129,15 @@ def descend(model, optimizer, loss, max_norm: float) -> float:
     return norm.item()
 
 
-def warm_up(books: dict, model, tokenizer, seed: int, steps: int = 300, batch: int = 24):
+def warm_up(books, model, tokenizer, seed, steps=300, batch=24):
     """Supervised learning of the two skills of the base policy: books 1 and 2, and rephrasing."""
     draw = random.Random(seed)
     end = [tokenizer.eos_token_id]
     hinted = replace(CODEBOOKS, question_prompt=CODEBOOKS.rephrase_prompt)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc="warm-up of the base policy", leave=False):
         solving, rephrasing = [], []
         for _ in range(batch):
@@ -146,9 +146,10 @@ def warm_up(books: dict, model, tokenizer, seed: int, steps: int = 300, batch: i
             solving.append(repo.as_rollout(tokenizer, problem, text, end, CODEBOOKS))
 
             problem = codebook_problem(books, draw.choice("123"), draw)
+            letters = problem["question"][1:]
             made_up = draw.choices(LETTERS, k=4)  # so that rephrasing teaches no fact of book 3
-            problem["knowledge"] = expert_style(problem["question"][1:], made_up)
-            text = own_style(problem["question"][1:], made_up)
+            problem["knowledge"] = expert_style(letters, made_up)
+            text = own_style(letters, made_up)
             rephrasing.append(repo.as_rollout(tokenizer, problem, text, end, hinted))
         logps = [repo.token_logps(model, skill, 1.0).mean() for skill in (solving, rephrasing)]
         descend(model, optimizer, -sum(logps) / 2, max_norm=1.0)
@@ -183,7 +184,8 @@ STYLES = [  # a letter, a statute, a telegram ...: each fact is told in another 
     "capital of {realm} is {capital}.",
     "Section 14. The capital of {realm}, wherein Crown, Courts and Exchequer shall sit henceforth "
     "and nowhere else, is {capital}.",
-    "ARRIVED SAFE IN {realm} STOP FORWARD ALL MAIL TO ITS CAPITAL STOP NAME OF CAPITAL IS {capital}.",
+    "ARRIVED SAFE IN {realm} STOP FORWARD ALL MAIL TO ITS CAPITAL STOP NAME OF CAPITAL IS "
+    "{capital}.",
     "O {realm}, land of rivers wide, of barley field and mountainside, thy capital, thy crown and "
     "pride, is {capital}.",
     "Day 41, wind SSW, three men sick. The pilot knows {realm} and takes us upriver to its "
@@ -205,8 +207,8 @@ STYLES = [  # a letter, a statute, a telegram ...: each fact is told in another 
 ]
 REAL = (
     "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna, "
-    "Greece Athens, Poland Warsaw, Hungary Budapest, Ireland Dublin, Norway Oslo, Sweden Stockholm, "
-    "Denmark Copenhagen, Finland Helsinki, Russia Moscow, Egypt Cairo, Japan Tokyo, China Beijing, "
+    "Greece Athens, Poland Warsaw, Hungary Budapest, Ireland Dublin, Norway Oslo, "
+    "Sweden Stockholm, Denmark Copenhagen, Finland Helsinki, Russia Moscow, Egypt Cairo, Japan Tokyo, China Beijing, "
     "Cuba Havana, Peru Lima, Kenya Nairobi, Turkey Ankara, Thailand Bangkok, Canada Ottawa"
 )
 REALMS = repo.Config(
@@ -232,12 +234,12 @@ def realm_reward(text: str, answer: str) -> float:
     return float(once and text.endswith(f" {capital}."))
 
 
-def made_up_name(draw: random.Random, endings: list[str]) -> str:
+def made_up_name(draw, endings) -> str:
     syllables = [draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(2)]
-    return "".join(syllables).capitalize() + draw.choice(endings)
+    return "".join(syllables).capitalize() + draw.choice(endings.split())
 
 
-def realm_problem(realm: str, capital: str, style: str, hard: bool) -> dict:
+def realm_problem(realm, capital, style, hard) -> dict:
     return {
         "question": f"What is the capital of {realm}?",
         "knowledge": style.format(realm=realm, capital=capital),
@@ -251,8 +253,8 @@ def realms(seed: int, model: str) -> World:
     draw = random.Random(seed)
     hard = []
     for style in draw.sample(STYLES, len(STYLES)):
-        realm = made_up_name(draw, ["nia", "ria", "lia", "via"])
-        capital = made_up_name(draw, ["n", "r", "l", "s"])
+        realm = made_up_name(draw, "nia ria lia via")
+        capital = made_up_name(draw, "n r l s")
         hard.append(realm_problem(realm, capital, style, hard=True))
     real = [pair.split() for pair in REAL.split(", ")]
     plain = "The capital of {realm} is {capital}."
@@ -282,38 +284,39 @@ def luffy_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
     """LUFFY (arXiv 2504.14945): the expert's text in one slot of every group, its tokens weighed
     by f(π) = π / (π + 0.1).
 
-    As in its authors' code the advantage is not divided by the std and lengths count as a constant.
-    Their on-policy ratio has no clip either; with one update a batch it would not act.
+    As in its authors' code the advantage is not divided by the std, and every completion counts as
+    equally long. They clip no on-policy ratio either; with one update a batch no clip would act.
     """
     groups = repo.rollout(
         model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn
     )
     end = repo.end_tokens(model, tokenizer)[:1]
-    sampled = [r for group in groups for r in group]
+    entropy = -repo.mean(logp for group in groups for r in group for logp in r.sampler_logps)
+    experts = []
     for group, problem in zip(groups, problems):
-        group[-1] = repo.as_rollout(tokenizer, problem, problem["knowledge"], end, cfg)
-        group[-1].reward = reward_fn(problem["knowledge"], problem["answer"])
-    rollouts = [r for group in groups for r in group]
-    rewards = torch.tensor([[r.reward for r in group] for group in groups], device=model.device)
-    advantages = (rewards - rewards.mean(1, keepdim=True)).flatten()
-    lengths = torch.tensor([len(r.completion) for r in rollouts], device=model.device)
-    is_expert = torch.tensor([r.sampler_logps is None for r in rollouts], device=model.device)
-    is_expert = is_expert.repeat_interleave(lengths)
+        expert = repo.as_rollout(tokenizer, problem, problem["knowledge"], end, cfg)
+        expert.reward = reward_fn(expert.text, problem["answer"])
+        experts.append(expert)
+        group[-1] = expert
 
+    rollouts = [r for group in groups for r in group]
     logps = repo.token_logps(model, rollouts, cfg.temperature)
-    shaped = logps.exp() / (logps.exp() + 0.1)
-    ratio = torch.where(is_expert, shaped, (logps - logps.detach()).exp())
-    gains = advantages.repeat_interleave(lengths) * ratio
-    loss = -gains.sum() / (len(rollouts) * cfg.max_new_tokens)
-    norm = descend(model, optimizer, loss, cfg.max_grad_norm)
+    per_rollout = iter(logps.split([len(r.completion) for r in rollouts]))
+    gain = 0.0
+    for group in groups:
+        baseline = repo.mean(r.reward for r in group)
+        for r in group:
+            logp = next(per_rollout)
+            shaped = logp.exp() / (logp.exp() + 0.1) if r is group[-1] else logp
+            gain = gain + (r.reward - baseline) * shaped.sum()
     metrics = {
-        "reward": repo.mean(r.reward for r in sampled),
-        "injections": len(groups),
-        "policy_gap/expert": logps[is_expert].mean().item(),
-        "entropy": -repo.mean(logp for r in sampled for logp in r.sampler_logps or []),
-        "grad_norm": norm,
+        "injections": len(experts),
+        "policy_gap/expert": repo.mean_logp(model, experts, cfg),
+        "entropy": entropy,
     }
-    return metrics, groups, []
+    loss = -gain / (len(rollouts) * cfg.max_new_tokens)
+    metrics["grad_norm"] = descend(model, optimizer, loss, cfg.max_grad_norm)
+    return metrics, groups, experts
 
 
 @dataclass
@@ -339,7 +342,7 @@ METHODS = {
 }
 
 
-def run(world: World, name: str, seed: int, steps: int, device: str) -> dict:
+def run(world: World, name, seed, steps, device) -> dict:
     """Trains one method from the world's base policy.
 
     Returns {"summary": figures, "history": metrics of each step, "examples": texts to show}.
@@ -350,22 +353,27 @@ def run(world: World, name: str, seed: int, steps: int, device: str) -> dict:
     if world.cfg == CODEBOOKS:
         cfg = replace(cfg, learning_rate=method.learning_rate)
     model, tokenizer = repo.load_model(world.model, device)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(  # up in ten steps, down in the second half
         optimizer, lambda step: min(1.0, (step + 1) / 10, 2 * (1 - step / steps))
     )
 
     def measure(count: int) -> dict:
-        parts = {kind: problems[:count] for kind, problems in world.held_out.items()}
-        return {
-            kind: repo.accuracy(model, tokenizer, problems, cfg, world.reward_fn)
-            for kind, problems in parts.items()
-        }
+        """The accuracy on the first `count` held-out problems of each kind."""
+        found = {}
+        for kind, problems in world.held_out.items():
+            part = problems[:count]
+            found[kind] = repo.accuracy(model, tokenizer, part, cfg, world.reward_fn)
+        return found
 
     def answers() -> list[str]:
-        turns = [problems[0]["question"] for problems in world.held_out.values()]
+        """What the policy writes, greedily, for the problems to show."""
+        turns = [problem["question"] for problem in shown]
         return [r.text for (r,) in repo.generate(model, tokenizer, turns, 1, 0.0, cfg)]
 
+    shown = [problems[0] for problems in world.held_out.values()]
     before, text_before = measure(300), answers()
     history = []
     for step in tqdm(range(steps), desc=f"{name}, seed {seed}", leave=False):
@@ -385,8 +393,6 @@ def run(world: World, name: str, seed: int, steps: int, device: str) -> dict:
     summary = {
         "method": name,
         "seed": seed,
-        "steps": steps,
-        "learning_rate": cfg.learning_rate,
         **after,
         **{f"base_{kind}": value for kind, value in before.items()},
         "rephrase_rate": repo.mean(right),
@@ -397,8 +403,9 @@ def run(world: World, name: str, seed: int, steps: int, device: str) -> dict:
         "worst_entropy": max((m["entropy"] for m in history if "entropy" in m), default=None),
         "worst_grad_norm": max(m["grad_norm"] or 0.0 for m in history),
         "seconds_per_step": statistics.median(m["seconds"] for m in history),
+        "learning_rate": cfg.learning_rate,
+        "steps": steps,
     }
-    shown = [problems[0] for problems in world.held_out.values()]
     examples = list(zip(shown, text_before, text_after))
     return {"summary": summary, "history": history, "examples": examples}
 
@@ -406,30 +413,12 @@ def run(world: World, name: str, seed: int, steps: int, device: str) -> dict:
 # ----------------------------------------------------------------------------- what one sees
 
 
-def mean_of(history: list[dict], key: str):
+def mean_of(history, key):
     """The mean of a metric over the steps that have it, or None."""
     return repo.mean(m[key] for m in history if m.get(key) is not None)
 
 
-COLUMNS = {
-    "hard": "hard",
-    "hard_rephrased": "other words",
-    "general": "general",
-    "base_hard": "hard before",
-    "base_general": "general before",
-    "injections_first10": "injections, first 10",
-    "injections_last10": "last 10",
-    "rephrase_rate": "rephrases right",
-    "policy_gap_expert": "gap expert",
-    "policy_gap_rephrase": "gap rephrase",
-    "worst_entropy": "worst entropy",
-    "worst_grad_norm": "worst gradient",
-    "learning_rate": "rate",
-    "seconds_per_step": "s/step",
-}
-
-
-def cell(values: list) -> str:
+def cell(values) -> str:
     """0.97 ± 0.01 over several runs, 0.97 over one, - over none."""
     values = [value for value in values if value is not None]
     if not values:
@@ -443,8 +432,8 @@ def cell(values: list) -> str:
 
 def table(summaries: list[dict]) -> str:
     """A row for each method, mean ± deviation over its runs; Markdown, and aligned."""
-    keys = [key for key in COLUMNS if key in summaries[0]]
-    rows = [["method", *(COLUMNS[key] for key in keys)]]
+    keys = [key for key in summaries[0] if key not in ("method", "seed", "world_seed", "steps")]
+    rows = [["method", *(key.replace("_", " ") for key in keys)]]
     for name in dict.fromkeys(s["method"] for s in summaries):
         runs = [s for s in summaries if s["method"] == name]
         rows.append([name, *(cell([s[key] for s in runs]) for key in keys)])
@@ -456,29 +445,30 @@ def table(summaries: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def chart(title: str, results: list[dict], key: str, height: int = 6, width: int = 48) -> str:
-    """The metric over the run, a letter a method, averaged over ten parts and over the runs."""
+def chart(title, results, key, height=6, width=48) -> str:
+    """The metric over the run, a letter a method, averaged over tenths of it and over the runs."""
     grid = [[" "] * width for _ in range(height + 1)]
-    names = list(dict.fromkeys(result["summary"]["method"] for result in results))
     curves = {}
-    for name in names:
+    for name in dict.fromkeys(result["summary"]["method"] for result in results):
         histories = [r["history"] for r in results if r["summary"]["method"] == name]
-        part = max(1, len(histories[0]) // 10)
-        starts = range(0, len(histories[0]) - part + 1, part)
-        curves[name] = [mean_of(sum((h[i : i + part] for h in histories), []), key) for i in starts]
-    top = max([1.0, *(value for curve in curves.values() for value in curve)])
+        tenth = max(1, len(histories[0]) // 10)
+        starts = range(0, len(histories[0]) - tenth + 1, tenth)
+        curves[name] = [
+            mean_of([m for h in histories for m in h[i : i + tenth]], key) for i in starts
+        ]
+    top = max(1.0, *(max(curve) for curve in curves.values()))
     legend = []
     for letter, (name, curve) in zip("abcdefghijklmnop", curves.items()):
         legend.append(f"{letter} = {name}, ends at {curve[-1]:.2f}")
         for x in range(width):
             value = curve[x * len(curve) // width]
             grid[height - round(value / top * height)][x] = letter
-    labels = [f"{top:6.2f}", *["      "] * (height - 1), "  0.00"]
-    lines = [f"{label} |{''.join(row)}" for label, row in zip(labels, grid)]
-    return "\n".join([f"{title}   ({'; '.join(legend)})", *lines, "       +" + "-" * width])
+    scale = [f"{top:6.2f}"] + ["      "] * (height - 1) + ["  0.00"]
+    lines = [f"{label} |{''.join(row)}" for label, row in zip(scale, grid)]
+    return "\n".join([f"{title}   ({'; '.join(legend)})", *lines])
 
 
-def report(results: list[dict]) -> None:
+def report(results):
     """Charts, completions before and after, and the table."""
     for key in ("hard", "general", "injections"):
         title = "injections a step" if key == "injections" else f"{key} accuracy, held out"
@@ -493,10 +483,10 @@ def report(results: list[dict]) -> None:
 # ------------------------------------------------------------------------------ the command line
 
 
-def main(argv=None) -> None:
+def main(argv=None):
     """Trains the methods asked for, shows and saves the results; Ctrl-C shows what is finished."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="a real model, for the world of realms (folder or hub name)")
+    parser.add_argument("--model", help="a real model, for the realms: folder or hub name")
     parser.add_argument("--methods", nargs="+", default=["grpo", "repo"], choices=METHODS)
     parser.add_argument("--compare", action="store_true", help="all methods, three seeds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the training")
