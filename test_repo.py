@@ -356,7 +356,9 @@ def test_advantages_against_numpy_and_exactly_zero_for_equal_rewards():
         repo.group_advantages(torch.tensor(rewards)), expected, rtol=1e-5
     )
     for size in range(2, 40):
-        equal = torch.tensor([0.0, 0.1, 1 / 3, -7.3, 1e9])[:, None].expand(-1, size)
+        equal = torch.tensor([0.0, 0.1, 1 / 3, -7.3, 1e9], dtype=torch.float64)[
+            :, None
+        ].expand(-1, size)
         assert (repo.group_advantages(equal) == 0).all()
 
 
@@ -740,6 +742,7 @@ BOXES = {  # gold answer: (right in a box, wrong in a box)
         ["1,00", "1,0000", "1.000", "1, 000", "10^3"],
     ),
     "1,234": (["1234"], ["1, 234", "1,2,34"]),
+    "100": (["100"], ["1,00"]),
     "0.75": (
         ["3/4", "\\dfrac{3}{4}", ".75"],
         ["75", "4/3", "3/0", "\\frac{3}{4}5", "0,75"],
@@ -1129,10 +1132,11 @@ def test_every_method_of_the_comparison_runs_and_reports_the_same_keys(world):
     assert all(f"| {name} " in shown for name in run_tiny.METHODS)
 
 
-def test_what_is_measured_is_never_trained_on(world):
-    realms = run_tiny.realms(0, "model")
-    trained = {p["question"] for p in world.problems + realms.problems}
-    held_out = world.held_out["hard"] + world.held_out["general"]
+def test_what_is_measured_is_never_trained_on(tmp_path):
+    (tmp_path / "base-5").mkdir()  # world 5 draws a held-out problem a second time
+    codebooks, realms = run_tiny.codebooks(5, tmp_path, "cpu"), run_tiny.realms(0, "")
+    trained = {p["question"] for p in codebooks.problems + realms.problems}
+    held_out = codebooks.held_out["hard"] + codebooks.held_out["general"]
     held_out += realms.held_out["general"] + realms.held_out["hard_rephrased"]
     assert not trained & {p["question"] for p in held_out}
 
