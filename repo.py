@@ -662,14 +662,16 @@ def in_box(value) -> str:
 def load_problems(run: Run, split: str) -> list[dict]:
     """The split as dicts of question, knowledge and answer.
 
-    A record that lacks one of them is left out, and counted. Errors: RepoError for a column that is
-    not there, or when nothing is left.
+    A record that lacks one of them is left out, and counted. Errors: RepoError if the dataset
+    cannot be read, has not these columns, or when nothing is left.
     """
-    suffix = Path(run.dataset).suffix[1:]
-    if suffix in ("json", "jsonl", "csv", "parquet"):
-        data = load_dataset(suffix.replace("jsonl", "json"), data_files=run.dataset, split=split)
-    else:
-        data = load_dataset(run.dataset, run.subset, split=split)
+    readers = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub
+    files = run.dataset if reader else None
+    try:
+        data = load_dataset(reader or run.dataset, run.subset, data_files=files, split=split)
+    except Exception as error:  # an empty file is a StopIteration
+        raise RepoError(f"{run.dataset!r} has no readable split {split!r}: {error!r}") from error
     columns = [run.question_column, run.knowledge_column, run.answer_column]
     if not set(columns) <= set(data.column_names):
         raise RepoError(f"the dataset's columns are {data.column_names}, and these were asked for: "

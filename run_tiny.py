@@ -214,7 +214,7 @@ REAL = (
 REALMS = repo.Config(
     batch_size=12,
     group_size=4,
-    max_new_tokens=20,
+    max_new_tokens=40,  # room for an expert's text too, or verbatim injection would have no chance
     temperature=0.7,
     learning_rate=5e-5,
     question_prompt="{question}",
@@ -264,7 +264,7 @@ def realms(seed: int, model: str) -> World:
         question = problem["question"].replace("What is", "Which city is")
         rephrased.append({**problem, "question": question})
     held_out = {"hard": hard, "general": real[12:], "hard_rephrased": rephrased}
-    return World(model, REALMS, 70, realm_reward, hard + real[:12], held_out)
+    return World(model, REALMS, 60, realm_reward, hard + real[:12], held_out)
 
 
 # -------------------------------------------------------------------- the methods, side by side

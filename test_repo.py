@@ -1031,6 +1031,15 @@ def test_what_cannot_work_ends_in_one_line(files, tmp_path, change, message):
         repo.main(flags(files, tmp_path, **change))
 
 
+@pytest.mark.parametrize(
+    "split, content", [("train", ""), ("test", "{}"), ("train[:0]", "{}")]
+)
+def test_an_empty_dataset_is_named(tmp_path, split, content):
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(RepoError, match="d.jsonl' has no"):
+        repo.load_problems(repo.Run("m", str(tmp_path / "d.jsonl"), "o"), split)
+
+
 def test_a_mistyped_flag_is_named(files, tmp_path, capsys):
     with pytest.raises(SystemExit):
         repo.main(flags(files, tmp_path, grup_size=8))
