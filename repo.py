@@ -202,11 +202,12 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
 
     with autocast(model):
         for t in range(max_new_tokens):
-            output = model(inputs, attention_mask=mask, position_ids=positions, use_cache=True,
-                           past_key_values=cache, logits_to_keep=1)
+            output = model(inputs, attention_mask=mask, position_ids=positions, cache=cache,
+                           use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
-            cache = output.get("past_key_values")
-            if cache is None or hasattr(cache, "linear_cache"):  # Mamba; MiniMax
+            cache = output.get("cache")
+            has_keys = any(hasattr(layer, "keys") for layer in getattr(cache, "layers", []))
+            if not has_keys or hasattr(cache, "linear_cache"):  # Mamba, RWKV; MiniMax
                 raise RepoError(f"{type(model).__name__} keeps no cache whose rows can be "
                                 "rearranged; use another model")
             if t == 0:  # each prompt has been read once: from here on it has a row for each sample

@@ -208,8 +208,9 @@ STYLES = [  # a letter, a statute, a telegram ...: each fact is told in another 
 REAL = (
     "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna, "
     "Greece Athens, Poland Warsaw, Hungary Budapest, Ireland Dublin, Norway Oslo, "
-    "Sweden Stockholm, Denmark Copenhagen, Finland Helsinki, Russia Moscow, Egypt Cairo, Japan Tokyo, China Beijing, "
-    "Cuba Havana, Peru Lima, Kenya Nairobi, Turkey Ankara, Thailand Bangkok, Canada Ottawa"
+    "Sweden Stockholm, Denmark Copenhagen, Finland Helsinki, Russia Moscow, Egypt Cairo, "
+    "Japan Tokyo, China Beijing, Cuba Havana, Peru Lima, Kenya Nairobi, Turkey Ankara, "
+    "Thailand Bangkok, Canada Ottawa"
 )
 REALMS = repo.Config(
     batch_size=12,
@@ -218,6 +219,7 @@ REALMS = repo.Config(
     temperature=0.7,
     learning_rate=5e-5,
     question_prompt="{question}",
+    micro_batch_tokens=512,  # quicker on a CPU: with 49,000 tokens to choose from, memory is slow
     rephrase_prompt="{question}\n\nHint: {knowledge}\n\nNow in one short sentence of your own: "
     "{question}",
 )

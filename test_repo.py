@@ -31,16 +31,14 @@ import run_tiny
 from repo import Config, RepoError, Rollout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEAR = (
-    dict(rtol=1e-3, atol=1e-5) if DEVICE == "cpu" else dict(rtol=2e-2, atol=5e-2)
-)  # bf16
+NEAR = dict(rtol=1e-3, atol=1e-5)
+if DEVICE == "cuda":  # logits are bf16
+    NEAR = dict(rtol=2e-2, atol=5e-2)
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-torch.set_num_threads(
-    1
-)  # steady on a busy machine, and all that a forked child can have
+torch.set_num_threads(1)  # steady on a busy machine; a forked child has no more
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -99,7 +97,9 @@ def random_groups(groups=3, size=3, seed=0) -> list[list[Rollout]]:
     for n in range(groups + 1):
         prompt = ids(9)
         rewards = [draw.random() if n < groups else 0.3 for _ in range(size)]
-        made.append([Rollout(prompt, ids(12), "", reward=reward) for reward in rewards])
+        made.append(
+            [Rollout(prompt, ids(12), "", reward=reward) for reward in rewards]
+        )
     return made
 
 
@@ -197,49 +197,37 @@ def test_text_that_looks_like_a_control_token_stays_text(template):
     guide = repo.as_rollout(tokenizer, problem, text, [], CFG)
     assert [i for i in guide.prompt if i in specials] == usual
     assert text in tokenizer.decode(guide.prompt)
-    assert (
-        not specials & set(guide.completion)
-        and tokenizer.decode(guide.completion) == text
-    )
+    assert not specials & set(guide.completion)
+    assert tokenizer.decode(guide.completion) == text
 
 
 THINK = CHAT + "{% if add_generation_prompt %}{{ '<think>\n' }}"
 
 
 def test_a_thinking_model_is_asked_not_to_think_and_refused_if_it_must():
-    closed = byte_tokenizer(
-        THINK + "{% if not enable_thinking %}{{ '\n</think>\n' }}{% endif %}{% endif %}"
-    )
-    assert closed.decode(repo.encode_prompt(closed, "hi")).endswith(
-        "<think>\n\n</think>\n"
-    )
+    close = "{% if not enable_thinking %}{{ '\n</think>\n' }}{% endif %}{% endif %}"
+    closed = byte_tokenizer(THINK + close)
+    shown = closed.decode(repo.encode_prompt(closed, "hi"))
+    assert shown.endswith("<think>\n\n</think>\n")
     with pytest.raises(RepoError, match="block of thoughts"):
         repo.encode_prompt(byte_tokenizer(THINK + "{% endif %}"), "hi")
 
 
 def test_an_answer_ends_as_the_chat_template_ends_it():
-    tokenizer = byte_tokenizer(
-        eos="<|eos|>"
-    )  # Gemma and Phi: the turn ends with another token
+    tokenizer = byte_tokenizer(eos="<|eos|>")  # as Gemma and Phi have two ends
     model = tiny_model()
     model.generation_config.eos_token_id = [7]
-    names = ["<|im_end|>", "<|eos|>"]
-    assert repo.end_tokens(model, tokenizer) == [
-        *tokenizer.convert_tokens_to_ids(names),
-        7,
-    ]
-    _, groups, _ = step(
-        replace(CFG, guidance="verbatim"), model=model, tokenizer=tokenizer
-    )
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eos|>"]) + [7]
+    assert repo.end_tokens(model, tokenizer) == ends
+    cfg = replace(CFG, guidance="verbatim")
+    _, groups, _ = step(cfg, model=model, tokenizer=tokenizer)
     assert tokenizer.decode(groups[0][0].completion).endswith("k.<|im_end|>")
     plain = byte_tokenizer(None, eos="<|eos|>")
     assert repo.end_tokens(model, plain)[0] == plain.eos_token_id
 
 
 def test_templates_are_filled_in_whatever_braces_the_texts_hold():
-    problem = dict(
-        question="Is {knowledge} \\frac{1}{2}?", knowledge="{question}", answer=""
-    )
+    problem = dict(question="Is {knowledge} \\frac{1}{2}?", knowledge="{question}")
     filled = repo.fill("{question}|{knowledge}|{}|{other}", problem)
     assert filled == "Is {knowledge} \\frac{1}{2}?|{question}|{}|{other}"
 
@@ -260,10 +248,9 @@ def test_samples_follow_exactly_the_softmax():
     for n, prompt in enumerate(prompts):
         expected = np.zeros((vocab, vocab))
         for first in range(vocab):
+            ids = torch.tensor([prompt + [first]], device=DEVICE)
             with torch.no_grad():
-                logits = model(torch.tensor([prompt + [first]], device=DEVICE)).logits[
-                    0, -2:
-                ]
+                logits = model(ids).logits[0, -2:]
             p = np.exp(logits.double().cpu().numpy() / temperature)
             p /= p.sum(-1, keepdims=True)
             expected[first] = count * p[0, first] * p[1]
@@ -283,10 +270,16 @@ LINEAR = dict(
     linear_num_value_heads=4,
 )
 MAMBA = dict(
-    mamba_n_heads=4, mamba_d_head=8, mamba_d_ssm=32, mamba_d_state=8, mamba_chunk_size=8
+    mamba_n_heads=4,
+    mamba_d_head=8,
+    mamba_d_ssm=32,
+    mamba_d_state=8,
+    mamba_chunk_size=8,
 )
 SHARED = dict(
-    num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=40
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=40,
 )
 FAMILIES = {
     "llama": {},
@@ -306,15 +299,16 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_sampler_and_trainer_agree_on_unlike_models_in_batches_of_unequal_prompts(kind):
+def test_sampler_and_trainer_agree_on_unlike_models_in_batches_of_unequal_prompts(
+    kind,
+):
     model = tiny_model(kind, vocab=40, scale=3.0, **FAMILIES[kind])
     prompts = [[3, 4, 5, 6, 7, 8], [9], [11, 12, 13]]
     torch.manual_seed(0)
     drawn = repo.sample(model, prompts, 4, 12, 0.8, [2, 5])
-    rollouts = [
-        Rollout(prompts[i // 4], ids, "", False, logps)
-        for i, (ids, logps) in enumerate(drawn)
-    ]
+    rollouts = []
+    for i, (ids, logps) in enumerate(drawn):
+        rollouts.append(Rollout(prompts[i // 4], ids, "", False, logps))
     assert len({len(r.completion) for r in rollouts}) > 2
     for r in rollouts:
         assert not {2, 5} & set(r.completion[:-1])
@@ -326,18 +320,15 @@ def test_sampler_and_trainer_agree_on_unlike_models_in_batches_of_unequal_prompt
     greedy = repo.sample(model, prompts, 1, 12, 0.0, [2])
     for prompt, (ids, _) in zip(prompts, greedy):
         alone = torch.tensor([prompt], device=DEVICE)
-        library = model.generate(
-            alone,
-            attention_mask=torch.ones_like(alone),
-            max_new_tokens=12,
-            do_sample=False,
-            eos_token_id=2,
-            pad_token_id=0,
+        settings = dict(
+            max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
         )
+        mask = torch.ones_like(alone)
+        library = model.generate(alone, attention_mask=mask, **settings)
         assert DEVICE == "cuda" or library[0, len(prompt) :].tolist() == ids
 
 
-@pytest.mark.parametrize("kind", ["mamba", "minimax"])
+@pytest.mark.parametrize("kind", ["mamba", "minimax", "rwkv"])
 def test_a_model_without_a_cache_to_rearrange_is_refused(kind):
     model = tiny_model(kind, vocab=40, num_local_experts=2, block_size=8)
     with pytest.raises(RepoError, match="cache"):
@@ -356,9 +347,8 @@ def test_advantages_against_numpy_and_exactly_zero_for_equal_rewards():
         repo.group_advantages(torch.tensor(rewards)), expected, rtol=1e-5
     )
     for size in range(2, 40):
-        equal = torch.tensor([0.0, 0.1, 1 / 3, -7.3, 1e9], dtype=torch.float64)[
-            :, None
-        ].expand(-1, size)
+        equal = np.array([[reward] * size for reward in (0.0, 0.1, 1 / 3, 1e9)])
+        equal = torch.tensor(equal)  # in fp64, where means of equal values round
         assert (repo.group_advantages(equal) == 0).all()
 
 
@@ -370,7 +360,9 @@ def test_token_logps_against_numpy_one_sequence_at_a_time():
             ids = torch.tensor([r.prompt + r.completion], device=DEVICE)
             logits = model(ids).logits[0].double().cpu().numpy() / 0.7
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        expected += [logp[len(r.prompt) - 1 + t, i] for t, i in enumerate(r.completion)]
+        expected += [
+            logp[len(r.prompt) - 1 + t, i] for t, i in enumerate(r.completion)
+        ]
     logps = repo.token_logps(model, rollouts, 0.7).detach().cpu().numpy()
     np.testing.assert_allclose(logps, expected, **NEAR)
 
@@ -384,9 +376,8 @@ def test_loss_and_gradient_against_numpy_for_both_signs_and_both_sides_of_the_cl
     loss, clipped = repo.policy_loss(leaf, *rest, 0.2)
     loss.backward()
     ratio = np.exp(logps - old)
-    acts = np.where(
-        advantages > 0, ratio > 1.2, ratio < 0.8
-    )  # may not push on; may pull back
+    # Too far already, it may not push on; it may pull back.
+    acts = np.where(advantages > 0, ratio > 1.2, ratio < 0.8)
     bounded = np.where(acts, np.clip(ratio, 0.8, 1.2), ratio)
     np.testing.assert_allclose(loss.item(), -(weights * advantages * bounded).sum())
     slope = np.where(acts, 0, -weights * advantages * ratio)
@@ -396,16 +387,16 @@ def test_loss_and_gradient_against_numpy_for_both_signs_and_both_sides_of_the_cl
 
 def test_kl_is_the_k3_estimator():
     logps = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    reference, weights = torch.tensor([-1.5, -1.0, -0.5]), torch.tensor(
-        [0.5, 0.25, 0.25]
-    )
+    reference = torch.tensor([-1.5, -1.0, -0.5])
+    weights = torch.tensor([0.5, 0.25, 0.25])
     value = repo.kl_loss(logps, reference, weights)
     value.backward()
     d = np.array([-0.5, 1.0, 0.0])
+    expected = (weights.numpy() * (np.exp(d) - d - 1)).sum()
+    np.testing.assert_allclose(value.item(), expected, rtol=1e-6)
     np.testing.assert_allclose(
-        value.item(), (weights.numpy() * (np.exp(d) - d - 1)).sum(), rtol=1e-6
+        logps.grad, weights.numpy() * (1 - np.exp(d)), atol=1e-6
     )
-    np.testing.assert_allclose(logps.grad, weights.numpy() * (1 - np.exp(d)), atol=1e-6)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 60, 25, 1])
@@ -424,12 +415,12 @@ def test_micro_batches_hold_everything_once_and_keep_to_their_size():
     rollouts = sum(random_groups(8), [])
     batches = repo.micro_batches(rollouts, range(5, 27), 50)
     assert sorted(i for batch in batches for i in batch) == list(range(5, 27))
-    sizes = [
-        [len(rollouts[i].prompt + rollouts[i].completion) for i in b] for b in batches
-    ]
-    assert max(len(batch) * max(batch) for batch in sizes) <= 50 and sizes[0][0] == max(
-        map(max, sizes)
-    )
+    longest = []
+    for batch in batches:
+        lengths = [len(rollouts[i].prompt + rollouts[i].completion) for i in batch]
+        longest.append(max(lengths))
+        assert len(batch) * longest[-1] <= 50
+    assert longest[0] == max(longest)
 
 
 def test_the_eos_is_trained_even_when_it_is_the_padding_id_too():
@@ -437,7 +428,9 @@ def test_the_eos_is_trained_even_when_it_is_the_padding_id_too():
     ended, longer = Rollout([1, 2], [3, 0], ""), Rollout([1], [4, 5, 6, 7, 8], "")
     logps = repo.token_logps(model, [ended, longer], 1.0)  # padding is id 0
     assert len(logps) == 7
-    torch.testing.assert_close(logps[:2], repo.token_logps(model, [ended], 1.0), **NEAR)
+    torch.testing.assert_close(
+        logps[:2], repo.token_logps(model, [ended], 1.0), **NEAR
+    )
     (grad,) = torch.autograd.grad(logps[1], model.lm_head.weight)
     assert grad[0].abs().max() > 1e-4
 
@@ -446,9 +439,11 @@ def test_logits_are_computed_and_cast_only_where_completions_are():
     model = tiny_model(vocab=3000)
     rollouts = [Rollout([1] * 40, [2] * 5, ""), Rollout([1] * 42, [2] * 4, "")]
     shapes, saved = [], {}
-    hook = model.lm_head.register_forward_hook(
-        lambda m, a, out: shapes.append(tuple(out.shape))
-    )
+
+    def note(module, inputs, output):
+        shapes.append(tuple(output.shape))
+
+    hook = model.lm_head.register_forward_hook(note)
 
     def keep(tensor):
         saved[tensor.data_ptr()] = tensor.shape
@@ -462,42 +457,37 @@ def test_logits_are_computed_and_cast_only_where_completions_are():
 
 
 def test_dropout_and_train_mode_do_not_move_the_ratio():
-    settings = dict(FAMILIES["gpt2"], n_positions=600, resid_pdrop=0.5, attn_pdrop=0.5)
+    settings = dict(
+        FAMILIES["gpt2"], n_positions=600, resid_pdrop=0.5, attn_pdrop=0.5
+    )
     model = tiny_model("gpt2", **settings).train()
     metrics, _, _ = step(model=model, reward_fn=lambda text, answer: len(set(text)))
-    assert (
-        metrics["sampler_logp_diff"] < NEAR["atol"] * 10 and metrics["clip_ratio"] == 0
-    )
+    assert metrics["sampler_logp_diff"] < NEAR["atol"] * 10
+    assert metrics["clip_ratio"] == 0
 
 
 def test_a_model_that_ignores_the_mask_is_refused_before_it_is_trained():
     model = tiny_model(scale=6.0)
     forward = model.forward
-    model.forward = lambda ids, attention_mask=None, position_ids=None, **kw: forward(
-        ids, **kw
-    )
-    problems = [
-        PROBLEMS[0],
-        dict(PROBLEMS[1], question="How many apples are on this table?"),
-    ]
+
+    def deaf(ids, attention_mask=None, position_ids=None, **rest):
+        return forward(ids, **rest)
+
+    model.forward = deaf
+    longer = dict(PROBLEMS[1], question="How many apples are on this table?")
     weights = [p.clone() for p in model.parameters()]
     with pytest.raises(
-        RepoError, match="nats apart .* ignores positions or attention masks"
+        RepoError, match="nats apart .* ignores positions or attention"
     ):
-        step(
-            problems=problems,
-            model=model,
-            reward_fn=lambda text, answer: len(set(text)),
-        )
+        step(CFG, [PROBLEMS[0], longer], lambda text, answer: len(set(text)), model)
     assert all(map(torch.equal, weights, model.parameters()))
 
 
 def test_later_updates_use_the_first_passes_log_probabilities():
-    model, optimizer = tiny_model(scale=2.0), None
+    model = tiny_model(scale=2.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    metrics = repo.update(
-        model, optimizer, random_groups(), replace(CFG, updates_per_batch=4)
-    )
+    cfg = replace(CFG, updates_per_batch=4)
+    metrics = repo.update(model, optimizer, random_groups(), cfg)
     assert metrics["clip_ratio"] > 0.1  # with a fresh π_old each time it would stay 0
 
 
@@ -506,10 +496,10 @@ def test_the_kl_term_pulls_toward_the_reference_also_without_any_advantage():
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     groups = random_groups()[-1:]
     cfg = replace(CFG, kl_beta=1.0)
-    kls = [
-        repo.update(model, optimizer, groups, cfg, reference)["kl"] for _ in range(15)
-    ]
-    assert kls[-1] < 0.5 * kls[0]
+    first = repo.update(model, optimizer, groups, cfg, reference)["kl"]
+    for _ in range(14):
+        last = repo.update(model, optimizer, groups, cfg, reference)["kl"]
+    assert last < 0.5 * first
     with pytest.raises(RepoError, match="kl_beta is 1.0 and there is no reference"):
         step(cfg)
 
@@ -520,19 +510,17 @@ def test_a_batch_without_signal_changes_nothing_not_even_by_momentum():
     repo.update(model, optimizer, random_groups(), CFG)
     weights = [p.clone() for p in model.parameters()]
     metrics = repo.update(model, optimizer, random_groups()[-1:], CFG)
-    assert (
-        all(map(torch.equal, weights, model.parameters()))
-        and metrics["grad_norm"] is None
-    )
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert metrics["grad_norm"] is None
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(monkeypatch):
     model = tiny_model()
     weights = [p.clone() for p in model.parameters()]
-    broken = lambda *args: (
-        torch.tensor(math.inf, requires_grad=True) * args[0].sum(),
-        args[0] > 0,
-    )
+
+    def broken(logps, *rest):
+        return math.inf * logps.sum(), logps > 0
+
     monkeypatch.setattr(repo, "policy_loss", broken)
     with pytest.raises(RuntimeError, match="non-finite"):
         gradient(model, random_groups())
@@ -560,14 +548,10 @@ def test_the_gate(rewards, rho, opens):
 
 def test_the_first_of_the_lowest_is_replaced_as_a_whole_and_only_by_a_better_guide():
     rewards = [0.2, 0.1, 0.9, 0.1]
-    group = [
-        Rollout([1], [i], str(i), reward=reward) for i, reward in enumerate(rewards)
-    ]
+    group = [Rollout([1], [i], "", reward=reward) for i, reward in enumerate(rewards)]
     kept = list(group)
-    assert (
-        not repo.replace_worst(group, Rollout([1], [9], "", reward=0.1))
-        and group == kept
-    )
+    assert not repo.replace_worst(group, Rollout([1], [9], "", reward=0.1))
+    assert group == kept
     guide = Rollout([1], [7, 8], "guide", reward=0.11)
     assert repo.replace_worst(group, guide)
     assert group[1] is guide and group == [kept[0], guide, kept[2], kept[3]]
@@ -591,7 +575,7 @@ def step(
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """A sampler that writes `rollout` for a question and `rephrase` for P(q,k); counts its calls."""
+    """A sampler that writes `rollout` for q and `rephrase` for P(q,k); notes its calls."""
     tokenizer, calls = byte_tokenizer(), []
 
     def script(rollout="no idea", rephrase="So it is \\boxed{%s}.", end=True):
@@ -602,9 +586,8 @@ def scripted(monkeypatch):
                 turn = tokenizer.decode(prompt)
                 text = rephrase if "Reference solution" in turn else rollout
                 answers = [p["answer"] for p in PROBLEMS if p["question"] in turn]
-                ids = (
-                    tokenizer(text.replace("%s", answers[0])).input_ids + ends[:1] * end
-                )
+                ids = tokenizer(text.replace("%s", answers[0])).input_ids
+                ids += ends[:1] * end
                 drawn += [(ids, [-5.7] * len(ids))] * num_samples
             return drawn
 
@@ -619,11 +602,8 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question(scripted):
     calls = scripted(rephrase=meta + "So it is \\boxed{%s}.")
     metrics, groups, guides = step()
     tokenizer = byte_tokenizer()
-    assert (
-        calls == [3, 3]
-        and metrics["injections"] == 3
-        and metrics["rephrase_success"] == 1
-    )
+    assert calls == [3, 3]
+    assert metrics["injections"] == 3 and metrics["rephrase_success"] == 1
     assert metrics["reward"] == 0 and metrics["fail_rate"] == 1  # of the policy's own
     for problem, group, guide in zip(PROBLEMS, groups, guides):
         assert group[0] is guide and [r.reward for r in group] == [1, 0, 0, 0]
@@ -634,13 +614,17 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question(scripted):
     assert metrics["policy_gap/expert"] < 0 and metrics["policy_gap/rephrase"] < 0
 
 
-def test_the_rephrase_is_sampled_for_open_gates_only_and_not_at_all_for_grpo(scripted):
+def test_the_rephrase_is_sampled_for_open_gates_only_and_not_at_all_for_grpo(
+    scripted,
+):
     calls = scripted(rollout="\\boxed{2}")  # right for the first question alone
     metrics, _, _ = step()
     assert calls == [3, 2] and metrics["injections"] == 2
     assert metrics["fail_rate"] == pytest.approx(2 / 3)
     calls.clear()
-    questions = [dict(question=p["question"], answer=p["answer"]) for p in PROBLEMS[:3]]
+    questions = [
+        dict(question=p["question"], answer=p["answer"]) for p in PROBLEMS[:3]
+    ]
     step(replace(CFG, guidance="none"), questions)  # needs no knowledge
     assert calls == [3]
 
@@ -675,10 +659,14 @@ def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
     texts = []
     for guidance in ("rephrase", "verbatim"):
         reward_fn = lambda text, answer: texts.append(text) or 0.0 + ("box" in text)
-        metrics, groups, _ = step(replace(CFG, guidance=guidance), reward_fn=reward_fn)
+        metrics, groups, _ = step(
+            replace(CFG, guidance=guidance), reward_fn=reward_fn
+        )
         assert metrics["injections"] == 3
         assert (PROBLEMS[0]["knowledge"] in texts) == (guidance == "verbatim")
-    assert [group[0].text for group in groups] == [p["knowledge"] for p in PROBLEMS[:3]]
+    assert [group[0].text for group in groups] == [
+        p["knowledge"] for p in PROBLEMS[:3]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -703,9 +691,8 @@ def test_a_reward_that_is_no_finite_number_names_prompt_and_completion(
     scripted, reward
 ):
     scripted(rollout="forty-two")
-    with pytest.raises(
-        RepoError, match="(?s)finite number .*What is 1 \\+ 1.*forty-two"
-    ):
+    shown = "(?s)finite number .*What is 1 \\+ 1.*forty-two"
+    with pytest.raises(RepoError, match=shown):
         step(reward_fn=lambda text, answer: reward)
 
 
@@ -713,9 +700,8 @@ def test_accuracy_is_the_share_of_right_greedy_answers(scripted):
     scripted(rollout="\\boxed{4}")
     model, tokenizer = tiny_model(), byte_tokenizer()
     cfg = replace(CFG, batch_size=1, group_size=2)
-    assert repo.accuracy(
-        model, tokenizer, PROBLEMS, cfg, repo.boxed_reward
-    ) == pytest.approx(1 / 9)
+    share = repo.accuracy(model, tokenizer, PROBLEMS, cfg, repo.boxed_reward)
+    assert share == pytest.approx(1 / 9)
 
 
 # ------------------------------------------------------------------- the reward defines a contract
@@ -778,18 +764,9 @@ def test_the_reward_is_the_contract():
     assert not mistakes and 60 <= len(cases) <= 80
 
 
-PIECES = "\\boxed{ { } \\ $ , . - + % / ^ = 1 23 000 \\frac{1} \\text{ nan ٣ ½ x \x00 \ud800 <think>".split()
-PIECES += [
-    "</think>",
-    "<|im_end|>",
-    "<|a",
-    "Sure! ",
-    "the reference ",
-    " ",
-    "\n",
-    ": ",
-    "here is my ",
-]
+PIECES = "\\boxed{ { } \\ $ , . - + % / ^ = 1 23 000 \\frac{1} \\text{ nan ٣ ½ x \x00 \ud800"
+PIECES = PIECES.split() + "<think> </think> <|im_end|> <|a Sure! reference".split()
+PIECES += [" ", "\n", ": ", "the reference ", "here is my "]
 
 
 def test_any_text_has_a_reward_and_can_be_cleaned():
@@ -811,12 +788,13 @@ def test_a_million_characters_of_any_piece_take_linear_time(piece):
         function(text)
         return time.perf_counter() - start
 
-    in_a_box = lambda text: repo.boxed_reward("\\boxed{" + text + "}", "1")
-    for function in (
-        lambda text: repo.boxed_reward(text, "1"),
-        in_a_box,
-        repo.clean_rephrase,
-    ):
+    def checked(text):
+        return repo.boxed_reward(text, "1")
+
+    def checked_in_a_box(text):
+        return repo.boxed_reward("\\boxed{" + text + "}", "1")
+
+    for function in (checked, checked_in_a_box, repo.clean_rephrase):
         part = min(seconds(function, 125_000) for _ in range(3))
         assert seconds(function, 1_000_000) < 30 * max(part, 0.01)
 
@@ -867,17 +845,15 @@ def files(tmp_path_factory):
     model = tiny_model(vocab=len(tokenizer), max_position_embeddings=1024)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     cfg, end = replace(CFG, question_prompt="{question}"), [tokenizer.eos_token_id]
-    for _ in range(
-        60
-    ):  # it boxes some digit, so that there are right and wrong rollouts
+    for _ in range(60):  # it boxes some digit: some rollouts are right, some wrong
         texts = [f"\\boxed{{{draw.randrange(10)}}}" for _ in range(16)]
-        problem = dict(
-            question=f"What is {draw.randrange(9)}+{draw.randrange(9)}?", knowledge=""
-        )
-        batch = [repo.as_rollout(tokenizer, problem, text, end, cfg) for text in texts]
-        run_tiny.descend(
-            model, optimizer, -repo.token_logps(model, batch, 1.0).mean(), 1e9
-        )
+        question = f"What is {draw.randrange(9)}+{draw.randrange(9)}?"
+        problem = dict(question=question, knowledge="")
+        batch = [
+            repo.as_rollout(tokenizer, problem, text, end, cfg) for text in texts
+        ]
+        loss = -repo.token_logps(model, batch, 1.0).mean()
+        run_tiny.descend(model, optimizer, loss, 1e9)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = []
@@ -916,20 +892,18 @@ def flags(files, out, **changes):
 
 def lines(out):
     """metrics.jsonl without what depends on the clock."""
-    rows = [
-        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [
-        {key: value for key, value in row.items() if "seconds" not in key}
-        for row in rows
-    ]
+    rows = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.append({key: row[key] for key in row if "seconds" not in key})
+    return rows
 
 
 def same_run(a, b):
-    first, second = (
-        AutoModelForCausalLM.from_pretrained(x / "model").parameters() for x in (a, b)
-    )
-    return lines(a) == lines(b) and all(map(torch.equal, first, second))
+    first = AutoModelForCausalLM.from_pretrained(a / "model")
+    second = AutoModelForCausalLM.from_pretrained(b / "model")
+    equal = all(map(torch.equal, first.parameters(), second.parameters()))
+    return equal and lines(a) == lines(b)
 
 
 def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, tmp_path, capsys):
@@ -965,21 +939,24 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path, monkeypatch):
     optimizer = torch.optim.AdamW(model.parameters())
     file = tmp_path / "checkpoint.pt"
     repo.save_checkpoint(file, 1, model, optimizer, {})
-    monkeypatch.setattr(
-        repo.torch, "save", lambda state, path: path.write_text("half") and 1 / 0
-    )
+
+    def fail(state, path):
+        path.write_text("half")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(repo.torch, "save", fail)
     with pytest.raises(ZeroDivisionError):
         repo.save_checkpoint(file, 2, model, optimizer, {})
     assert repo.load_checkpoint(file, model, optimizer, {}) == 1
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files, tmp_path):
+def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(
+    files, tmp_path
+):
     """Each child is ended by SIGKILL; after twenty kills the run is left to finish."""
     settings = dict(steps=40, save_every=1, batch_size=1, group_size=2)
-    tqdm.tqdm.set_lock(
-        threading.RLock()
-    )  # the usual one is shared, and a killed child keeps it
+    tqdm.tqdm.set_lock(threading.RLock())  # the usual one a killed child would keep
     repo.main(flags(files, tmp_path / "whole", **settings))
     draw, context, kills = random.Random(0), multiprocessing.get_context("fork"), 0
     argv = flags(files, tmp_path / "out", resume=True, **settings)
@@ -991,9 +968,7 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files, tmp
             child.kill()
             kills += 1
         child.join()
-        if (
-            tmp_path / "out/model"
-        ).exists():  # finished before all kills were done: once more
+        if (tmp_path / "out/model").exists():  # at the end before the last kill: anew
             shutil.rmtree(tmp_path / "out")
     repo.main(argv)
     assert same_run(tmp_path / "whole", tmp_path / "out")
@@ -1011,18 +986,12 @@ def test_a_used_folder_and_changed_settings_are_refused(files, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            dict(question_column="problem"),
-            "columns are .'question', 'answer'.*'problem'",
-        ),
+        (dict(question_column="problem"), "are .'question', 'answer'.*'problem'"),
         (dict(group_size=1), "group_size is 1; it must be"),
-        (
-            dict(max_new_tokens=1020),
-            "max_new_tokens 1020 do not fit the model's context of 1024",
-        ),
+        (dict(max_new_tokens=1020), "1020 do not fit the model's context of 1024"),
         (
             dict(answer_column="question", knowledge_column="question"),
-            "no usable record",
+            "no usable rec",
         ),
     ],
 )
@@ -1047,36 +1016,23 @@ def test_a_mistyped_flag_is_named(files, tmp_path, capsys):
 
 
 def test_longrope_counts_up_to_its_original_length():
-    rope = dict(
-        rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=300
-    )
+    original = dict(original_max_position_embeddings=300)
+    rope = dict(original, rope_type="longrope", rope_theta=1e4)
     rope |= dict(short_factor=[1.0] * 4, long_factor=[8.0] * 4)
-    model = tiny_model(
-        "phi3",
-        original_max_position_embeddings=300,
-        rope_parameters=rope,
-        pad_token_id=0,
-    )
-    repo.check_lengths(
-        PROBLEMS,
-        model,
-        byte_tokenizer(None),
-        replace(CFG, rephrase_prompt="{question}"),
-    )
+    model = tiny_model("phi3", rope_parameters=rope, pad_token_id=0, **original)
+    tokenizer = byte_tokenizer(None)
+    short = replace(CFG, rephrase_prompt="{question}")
+    repo.check_lengths(PROBLEMS, model, tokenizer, short)
     with pytest.raises(RepoError, match="do not fit the model's context of 300"):
-        repo.check_lengths(PROBLEMS, model, byte_tokenizer(None), CFG)
+        repo.check_lengths(PROBLEMS, model, tokenizer, CFG)
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_every_file_format_and_own_columns(suffix, tmp_path):
-    data = Dataset.from_dict(
-        dict(q=["a?", "b?"], k=["since a", "since b"], a=["1", "\\boxed{2}"])
-    )
+    rows = dict(q=["a?", "b?"], k=["since a", "since b"], a=["1", "\\boxed{2}"])
+    data = Dataset.from_dict(rows)
     path = str(tmp_path / f"data.{suffix}")
-    write = dict(
-        json=data.to_json, jsonl=data.to_json, csv=data.to_csv, parquet=data.to_parquet
-    )
-    write[suffix](path)
+    getattr(data, "to_" + suffix.replace("jsonl", "json"))(path)
     columns = dict(question_column="q", knowledge_column="k", answer_column="a")
     problems = repo.load_problems(repo.Run("m", path, "o", **columns), "train")
     assert problems[1] == dict(question="b?", knowledge="since b", answer="2")
@@ -1084,20 +1040,15 @@ def test_every_file_format_and_own_columns(suffix, tmp_path):
 
 def test_records_without_an_answer_are_left_out_and_counted(files, tmp_path, capsys):
     answers = ["no mark", "so\n#### 4", "####  ", None, "so \\boxed{7}"]
-    write_rows(
-        tmp_path / "d.jsonl", [dict(question="q?", answer=answer) for answer in answers]
-    )
-    problems = repo.load_problems(
-        repo.Run("m", str(tmp_path / "d.jsonl"), "o"), "train"
-    )
+    file = tmp_path / "d.jsonl"
+    write_rows(file, [dict(question="q?", answer=answer) for answer in answers])
+    problems = repo.load_problems(repo.Run("m", str(file), "o"), "train")
     assert [p["answer"] for p in problems] == ["4", "7"]
     assert "3 of 5 records" in capsys.readouterr().out
-    (problem,) = repo.load_problems(
-        repo.Run("m", str(files / "data.jsonl"), "o"), "train[3:4]"
-    )
-    assert problem == dict(
-        question="What is 3+3?", knowledge="It is 6.\n\\boxed{6}", answer="6"
-    )
+    gsm8k = repo.Run("m", str(files / "data.jsonl"), "o")
+    (problem,) = repo.load_problems(gsm8k, "train[3:4]")
+    knowledge = "It is 6.\n\\boxed{6}"
+    assert problem == dict(question="What is 3+3?", knowledge=knowledge, answer="6")
     assert repo.boxed_reward(problem["knowledge"], problem["answer"]) == 1
 
 
@@ -1129,7 +1080,9 @@ def test_the_headline_of_the_miniature(world):
     assert grpo["hard"] <= 0.02 and grpo["injections_first10"] == 0
     assert rephrasing["hard"] > 0.5 and rephrasing["general"] > 0.8
     assert rephrasing["injections_last10"] < 0.5 * rephrasing["injections_first10"]
-    assert rephrasing["policy_gap_expert"] < -5 < -2 < rephrasing["policy_gap_rephrase"]
+    assert (
+        rephrasing["policy_gap_expert"] < -5 < -2 < rephrasing["policy_gap_rephrase"]
+    )
 
 
 def test_every_method_of_the_comparison_runs_and_reports_the_same_keys(world):
@@ -1157,13 +1110,10 @@ def test_the_reward_of_the_realms_takes_a_sentence_and_nothing_degenerate():
     world = run_tiny.realms(0, "model")
     for p in world.problems:
         realm, capital = p["answer"].split(", ")
-        assert run_tiny.realm_reward(p["knowledge"], p["answer"]) == 1
-        assert (
-            run_tiny.realm_reward(f"The capital of {realm} is {capital}.", p["answer"])
-            == 1
-        )
+        for text in (p["knowledge"], f"The capital of {realm} is {capital}."):
+            assert run_tiny.realm_reward(text, p["answer"]) == 1
         for text in (
-            f"The city of {capital} is the capital of {realm} is the city of {capital}.",
+            f"The city of {capital} is that of {realm} is the city of {capital}.",
             f"The capital of {realm} is {capital}, says the reference.",
             f"{capital} {capital}.",
             f"It is {capital}.",
@@ -1176,25 +1126,26 @@ def test_the_command_shows_charts_completions_and_a_table_and_writes_both_files(
     files, tmp_path, capsys
 ):
     """The world of realms on a random tiny model, two steps a method; no download."""
-    argv = [
-        "--model",
-        str(files / "model"),
-        "--methods",
-        "repo",
-        "verbatim",
-        "--steps",
-        "2",
+    argv = "--methods repo verbatim --steps 2 --world-seed 3 --device".split() + [
+        DEVICE
     ]
-    run_tiny.main(
-        [*argv, "--world-seed", "3", "--out", str(tmp_path), "--device", DEVICE]
-    )
+    run_tiny.main(["--model", str(files / "model"), "--out", str(tmp_path), *argv])
     shown = capsys.readouterr().out
-    for part in ("hard accuracy", "injections a step", "before  ", "| verbatim | 0.00"):
+    for part in (
+        "hard accuracy",
+        "injections a step",
+        "before  ",
+        "| verbatim | 0.00",
+    ):
         assert part in shown
     steps, runs = lines(tmp_path), json.loads((tmp_path / "summary.json").read_text())
     assert [m["method"] for m in steps] == ["repo", "repo", "verbatim", "verbatim"]
-    assert [r["world_seed"] for r in runs] == [3, 3] and runs[0]["hard_rephrased"] == 0
-    assert runs[1]["injections_last10"] == run_tiny.mean_of(steps[2:], "injections") > 0
+    assert [r["world_seed"] for r in runs] == [3, 3] and runs[0][
+        "hard_rephrased"
+    ] == 0
+    assert (
+        runs[1]["injections_last10"] == run_tiny.mean_of(steps[2:], "injections") > 0
+    )
 
 
 @pytest.mark.parametrize(
