@@ -7,14 +7,15 @@ and a checkable answer. One training step:
     2. Rephrase    o_rep ~ π_old(·|P(q,k)): understand the expert's   rephrase, clean_rephrase
                    solution and write it anew in own words
     3. Injection   if the share of failed rollouts is at least ρ,     gate_opens, replace_worst
-                   o_rep takes the place of the worst rollout
+                   o_rep takes the place of the worst rollout,
+                   provided that its own reward is higher
     4. Update      group-relative advantages, clipped policy          group_advantages, token_logps,
                    gradient; o_rep is scored under the plain q        policy_loss, update
 
-`train_step` is the whole algorithm in the paper's order. Where it ends the paper ends; a reward
-for mathematics and the command line follow:
+`train_step` is the whole algorithm. Where it ends the paper ends; a reward for mathematics and the
+command line follow:
 
-    python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --out out
+    python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --out out
 
 (paper) and (ours) say whose a choice is. No code of the authors is public: "paper" means what
 independent readers of its full text report.
@@ -31,7 +32,7 @@ import time
 from dataclasses import MISSING, asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import torch
 from datasets import load_dataset
@@ -86,7 +87,7 @@ class Config:
     clip_epsilon: float = setting(0.2, "epsilon: the ratio is clipped to 1 ± epsilon (ours)")
     kl_beta: float = setting(0.0, "beta, the weight of the KL term; 0 needs no reference (ours)")
     updates_per_batch: int = setting(1, "optimizer steps on each batch of rollouts (ours)")
-    learning_rate: float = setting(1e-6, "of AdamW without weight decay (paper), constant (ours)")
+    learning_rate: float = setting(1e-6, "1e-6 (paper); constant, in AdamW without decay (ours)")
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm (ours)")
     micro_batch_tokens: int = setting(
         16384, "tokens, padding included, in one forward and backward pass; memory only (ours)"
@@ -97,16 +98,14 @@ class Config:
 
     def __post_init__(self):
         """Errors: RepoError for values with which nothing could be learnt."""
-        required = {
-            "group_size": (self.group_size >= 2, "at least 2: a group compares its rollouts"),
-            "temperature": (self.temperature > 0, "above 0"),
-            "gate_threshold": (0 <= self.gate_threshold <= 1, "a share of the group, 0 to 1"),
-            "fail_threshold": (
-                0 < self.fail_threshold <= 1,
-                "above 0 and at most 1, or a reward of 0 or 1 always passes or always fails",
-            ),
-        }
-        for name, (holds, wanted) in required.items():
+        required = [
+            ("group_size", self.group_size >= 2, "at least 2: a group compares its rollouts"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("gate_threshold", 0 <= self.gate_threshold <= 1, "a share of the group, 0 to 1"),
+            ("fail_threshold", 0 < self.fail_threshold <= 1,
+             "above 0 and at most 1, or a reward of 0 or 1 always passes or always fails"),
+        ]
+        for name, holds, wanted in required:
             if not holds:
                 raise RepoError(f"{name} is {getattr(self, name)}; it must be {wanted}")
 
@@ -116,10 +115,10 @@ class Rollout:
     """One completion of a question, with all that moves along when it is replaced."""
 
     prompt: list[int]  # token ids of the plain question q, under which the completion is scored
-    completion: list[int]  # token ids, the end token included unless it was truncated
+    completion: list[int]  # token ids, with the end token, which is trained too
     text: str  # the completion as the reward reads it
-    truncated: bool = False  # max_new_tokens came before an end token
-    sampler_logps: Optional[list[float]] = None  # log π_old a token; None if not sampled from q
+    truncated: bool = False  # sampled, and max_new_tokens came before an end token
+    sampler_logps: list[float] | None = None  # log π_old a token; None if not sampled from q
     reward: float = 0.0
 
 
@@ -144,9 +143,9 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     is asked not to think (ours): o_rep has no thoughts, and would teach to leave them out.
     Errors: RepoError if the chat template opens a block of thoughts all the same.
     """
-    if not tokenizer.chat_template:  # a base model; the line break ends the prompt's last token
+    if not tokenizer.chat_template:  # a base model; after a line break no answer begins in a blank
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append EOS
     chat = [{"role": "user", "content": text}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False,
                                         sanitize_control_tokens=True).input_ids
@@ -159,7 +158,7 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 def end_tokens(model, tokenizer) -> list[int]:
     """The ids that end a completion; the first is what the chat template writes after an answer.
 
-    That need not be the tokenizer's EOS (Gemma and Phi have others), and chat models have several.
+    That is `<end_of_turn>` for Gemma and `<|end|>` for Phi, where the tokenizer's EOS is another.
     """
     ends = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
@@ -210,7 +209,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
             if not has_keys or hasattr(cache, "linear_cache"):  # Mamba, RWKV; MiniMax
                 raise RepoError(f"{type(model).__name__} keeps no cache whose rows can be "
                                 "rearranged; use another model")
-            if t == 0:  # each prompt has been read once: from here on it has a row for each sample
+            if t == 0:  # each prompt has been read once: now its row is copied for each sample
                 copies = torch.tensor(rows, device=model.device) // num_samples
                 cache.reorder_cache(copies)
                 logits, mask = logits[copies], mask[copies]
@@ -242,19 +241,19 @@ def generate(model, tokenizer, turns, num_samples, temperature, cfg) -> list[lis
     ends = end_tokens(model, tokenizer)
     drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, ends)
     groups = [[] for _ in prompts]
-    for n, (ids, logps) in enumerate(drawn):
-        prompt = n // num_samples
+    for i, (ids, logps) in enumerate(drawn):
+        n = i // num_samples
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        groups[prompt].append(Rollout(prompts[prompt], ids, text, ids[-1] not in ends, logps))
+        groups[n].append(Rollout(prompts[n], ids, text, ids[-1] not in ends, logps))
     return groups
 
 
 def checked_reward(reward_fn, text: str, problem: dict) -> float:
-    """reward_fn(text, answer). Errors: RepoError with prompt and completion if it is no number."""
+    """reward_fn(text, answer). Errors: RepoError with all three if it is no finite number."""
     reward = reward_fn(text, problem["answer"])
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         raise RepoError(f"the reward function must return a finite number and returned {reward!r}\n"
-                        f"prompt: {problem['question']}\ncompletion: {text}")
+                        f"question: {problem['question']}\ncompletion: {text}")
     return float(reward)
 
 
@@ -275,9 +274,11 @@ CONTROL_TOKEN = re.compile(
     r"<[|｜][^<>|｜\n]{1,40}[|｜]>(?:assistant\n)?|</?s>|<(?:start|end)_of_turn>"
 )
 META = re.compile(
-    r"rephras|paraphras|own words|(?:reference|expert|given|provided)(?:'s|’s)? (?:solution|answer)"
-    r"|the reference(?! \w)|the reference (?:says|states|shows|uses)"
-    r"|^\s*(?:sure|certainly|of course|understood)[!.,]|^\s*here(?:'s|’s| is) (?:the|my) solution",
+    r"rephras|paraphras|(?:my|your) own words"
+    r"|(?:reference|expert|given|provided|original)(?:'s|’s)? (?:\w+ )?(?:solution|answer)\b"
+    r"(?! choice)"
+    r"|the reference(?! (?:angle|frame|point|line|level|group|value))"
+    r"|^\W*(?:sure|certainly|of course|understood)[!.]|here(?:'s|’s| is) (?:the|my) solution",
     re.I,
 )
 
@@ -285,13 +286,13 @@ META = re.compile(
 def clean_rephrase(text: str) -> str:
     """The text without what betrays that it is a rephrase, to read as a direct answer to q.
 
-    Thoughts go, control tokens spelled as text go with all that follows, and so does every sentence
-    that speaks of the reference or of rephrasing, even one that holds the answer. Deleting such
-    text is the paper's; the patterns are ours. They know usual wordings, not all.
+    Thoughts go; of control tokens spelled as text and what they separate, the first part stays; and
+    every sentence that speaks of the reference or of rephrasing goes, even one that holds the
+    answer. Deleting such text is the paper's; the patterns are ours, and know the usual wordings.
     """
     text = THOUGHTS.sub("", text)
     parts = [part for part in CONTROL_TOKEN.split(text) if part.strip()]
-    sentences = re.split(r"(?<=[.!?:])(?=\s)|(?<=\n)", parts[0] if parts else "")
+    sentences = re.split(r"(?<=[.!?:])(?=\s)|(?<=:\*\*)|(?<=\n)", parts[0] if parts else "")
     return "".join(s for s in sentences if not META.search(s)).strip()
 
 
@@ -309,8 +310,8 @@ def as_rollout(tokenizer, problem, text, end, cfg) -> Rollout:
 def rephrase(model, tokenizer, problems, cfg) -> list[Rollout]:
     """Step 2: one o_rep ~ π_old(·|P(q,k)) a problem (Eq. 5), cleaned, as a completion of q.
 
-    Drawn at the rollouts' temperature (ours). It ends as the draft did: a truncated one without an
-    end token, unless nothing else is left of it.
+    Drawn at the rollouts' temperature (ours). It ends with its draft's last token if that is an end
+    token or if cleaning left no other; after a truncated draft it has no end.
     """
     if not problems:
         return []
@@ -336,8 +337,8 @@ def gate_opens(rewards, fail_threshold, gate_threshold) -> bool:
 def replace_worst(group: list[Rollout], guide: Rollout) -> bool:
     """Puts `guide` in the place of the group's lowest reward, the first among equals; True if so.
 
-    Only if its own reward is higher (ours). With rewards of 0 and 1 and ρ = 1 the rule changes
-    nothing, but with graded rewards a worse guide would make the group's failures look good.
+    Only if its own reward is higher (ours). With rewards of 0 and 1, ρ = 1 and no KL term the rule
+    changes nothing, but with graded rewards a worse guide would make the failures look good.
     """
     worst = min(range(len(group)), key=lambda i: group[i].reward)
     if guide.reward <= group[worst].reward:
@@ -369,7 +370,7 @@ def token_logps(model, rollouts, temperature):
         prompt a b, completion C D     ids  a b C D     logits at b C   predict C D
         prompt e,   completion F       ids  e F . .     logits at e     predict F
 
-    The shortest prompt has one token, so logits are needed from its place on, but for the last.
+    Logits are needed from the last token of the shortest prompt on, but for the very last place.
     """
     ids = pad([r.prompt + r.completion for r in rollouts], "right", model.device)  # [B, L]
     roles = [[0] * len(r.prompt) + [1] * len(r.completion) for r in rollouts]
@@ -377,7 +378,8 @@ def token_logps(model, rollouts, temperature):
     is_completion = pad(roles, "right", model.device)[:, first:].bool()  # [B, L - first]
     needed = is_completion.shape[1]
     with autocast(model):
-        logits = model(ids[:, :-1], use_cache=False, logits_to_keep=needed).logits[:, -needed:]
+        output = model(ids[:, :-1], use_cache=False, logits_to_keep=needed)
+    logits = output.logits[:, -needed:]  # [B, needed, V]; some models keep all places
     logp = (logits[is_completion].float() / temperature).log_softmax(-1)  # [Σ|o_i|, V]
     return logp.gather(1, ids[:, first:][is_completion][:, None])[:, 0]
 
@@ -420,7 +422,7 @@ def micro_batches(rollouts, indices, max_tokens) -> list[list[int]]:
 def sampler_diff(rollouts, logps) -> float:
     """max |log π of the sampler - log π of the trainer| over the tokens sampled under q, in nats.
 
-    Errors: RepoError if it is more than rounding, before the model has been trained on nonsense.
+    Errors: RepoError above 5 nats, which no rounding explains.
     """
     largest = 0.0
     per_rollout = logps.cpu().split([len(r.completion) for r in rollouts])
@@ -439,7 +441,7 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
 
     With one update the policy that is trained is the one that sampled: the ratio is exactly 1, the
     clip never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
-    Errors: RuntimeError, before the weights move, if the gradient is not finite.
+    Errors: RuntimeError, before that step, if the gradient is not finite.
     """
     rewards = torch.tensor([[r.reward for r in group] for group in groups])
     advantages = group_advantages(rewards).flatten().to(model.device)  # [N]
@@ -529,7 +531,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     end = end_tokens(model, tokenizer)[:1]
     experts = [as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in failed]
     rephrases = rephrase(model, tokenizer, failed, cfg) if cfg.guidance == "rephrase" else []
-    guides = rephrases or experts
+    guides = experts if cfg.guidance == "verbatim" else rephrases
     gaps = {  # how far from π(·|q) is each text? Measured before the update
         "policy_gap/expert": mean_logp(model, experts, cfg),
         "policy_gap/rephrase": mean_logp(model, rephrases, cfg),
@@ -578,43 +580,50 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
 
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
 
-TYPOGRAPHY = re.compile(r"\\(?:left|right)(?![a-z])|\\[,;:!$%]|[$%°]|\^\\circ|\^\{\\circ\}")
-TEXT = r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}"
-FRACTION = re.compile(r"([+-]?)\\[dt]?frac\s*\{([\w.\\]+)\}\s*\{(\d+|\\?[a-z]+)\}", re.I)
-NUMBER = re.compile(  # 12, 1,200, 1.5, .5 or 3/4, but not 1,20
-    r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*)", re.ASCII
+SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,!])(?=\d{3})")  # 1{,}000 and 1\,000
+TYPOGRAPHY = re.compile(r"\\(?:left|right)(?![a-z])|\\[,;:!$% ]|[$%°~]|\^\\circ|\^\{\\circ\}")
+TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\{([^{}]*)\}")
+UNIT = r"\\(?:text|mathrm|mbox)\{[^{}\d]*\}(?:\^\{?[23]\}?)?"
+NUMBER = (  # 12, 1,200, 1.5, .5 or 3/4, but not 1,20
+    r"[+-]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*)"
+)
+MEASURE = re.compile(rf"({NUMBER}){UNIT}", re.ASCII)
+FRACTION = re.compile(
+    rf"^([+-]?)\\[dt]?frac\{{(-?[\w.\\]+)\}}\{{(\d+|[a-z]|\\[a-z]+)\}}(?=(?:{UNIT})?$)"
 )
 
 
-def last_boxed(text: str) -> Optional[str]:
+def last_boxed(text: str) -> str | None:
     r"""What the last `\boxed{...}` holds, inner braces included; None if none or never closed."""
-    _, found, tail = text.rpartition(r"\boxed{")
-    depth = 1
-    for i, char in enumerate(tail if found else ""):
+    _, found, tail = text.rpartition(r"\boxed")
+    tail = tail.lstrip()
+    depth = 0
+    for i, char in enumerate(tail if found and tail.startswith("{") else ""):
         depth += (char == "{") - (char == "}")
         if depth == 0:
-            return tail[:i]
+            return tail[1:i]
     return None
 
 
 def normalise(answer: str) -> Fraction | str:
     r"""An exact number, or else text without typography; 2+2 is text, as nothing is evaluated.
 
-    Typography: `$`, `%`, degrees, `\left`, thin spaces, `\text{..}` around an answer or behind it,
-    `x =` before it, braces around it, the commas in 1,000, spaces around signs, capital letters.
+    Typography: `$`, `%`, degrees, `\left`, thin spaces, `\text{..}` around an answer, or as a unit
+    behind a number, `x =` before it, braces around it, the commas in 1,000, spaces around signs,
+    capital letters of words.
     """
-    answer = TYPOGRAPHY.sub("", answer.replace("−", "-").replace("{,}", ","))
-    answer = answer.strip().removesuffix(".")
-    answer = re.sub(r"(?<=.)" + TEXT + "$", "", answer, flags=re.S)  # 42\text{ cm}
-    answer = re.sub(TEXT, r"\1", answer)  # \text{Paris}
-    answer = re.sub(r"^[a-zA-Z]\w?\s*=", "", answer).strip()
+    answer = SEPARATOR.sub(",", answer.replace("−", "-"))
+    answer = " ".join(TYPOGRAPHY.sub(" ", answer).split())
+    answer = re.sub(r" ?([^\w ,]) ?", r"\1", answer).removesuffix(".")
+    answer = re.sub(r"^\\?[a-zA-Z]\w*=", "", answer)
     answer = re.sub(r"^\{+([^{}]*)\}+$", r"\1", answer)
-    fraction = FRACTION.fullmatch(answer)
-    if fraction:
-        answer = f"{fraction[1]}{fraction[2]}/{fraction[3]}"
-    if NUMBER.fullmatch(answer) and len(answer) < 1000:
+    answer = FRACTION.sub(r"\1\2/\3", answer)
+    measure = MEASURE.fullmatch(answer)
+    answer = measure[1] if measure else TEXT.sub(r" \1 ", answer).strip()
+    if re.fullmatch(NUMBER, answer, re.ASCII) and len(answer) < 1000:
         return Fraction(answer.replace(",", ""))
-    return re.sub(r"\s*([^\w\s])\s*", r"\1", answer).casefold()
+    answer = ",".join(part.strip() for part in answer.split(","))
+    return answer.casefold() if re.fullmatch("[a-zA-Z ]{2,}", answer) else answer
 
 
 def boxed_reward(completion: str, answer: str) -> float:
@@ -636,9 +645,9 @@ class Run:
     model: str = setting(MISSING, "hub name or folder of a causal language model")
     dataset: str = setting(MISSING, "hub name, or a .json, .jsonl, .csv or .parquet file")
     out: str = setting(MISSING, "folder for metrics.jsonl, the checkpoint and the model")
-    subset: Optional[str] = setting(None, "configuration of the dataset; main if it has one")
+    subset: str | None = setting(None, "configuration of the dataset, where it has several")
     split: str = setting("train", "split to train on, also a slice: train[:1000]")
-    eval_split: Optional[str] = setting(None, "split for the accuracy before and after training")
+    eval_split: str | None = setting(None, "split for the accuracy before and after training")
     question_column: str = setting("question", "column of the question")
     knowledge_column: str = setting("answer", "column of the expert's solution")
     answer_column: str = setting("answer", "column of the answer, bare, boxed or after ####")
@@ -656,7 +665,7 @@ def load_model(name, device):
 
 def in_box(value) -> str:
     r"""A column's value as text; GSM8K's `#### 42` becomes `\boxed{42}`, and its `<<..>>` go."""
-    text = re.sub(r"<<[^<>]*>>", "", str(value or ""))
+    text = re.sub(r"<<[^<>]*>>", "", "" if value is None else str(value))
     return re.sub(r"####\s*(\S.*)", r"\\boxed{\1}", text).strip()
 
 
@@ -679,7 +688,9 @@ def load_problems(run: Run, split: str) -> list[dict]:
                         f"{columns}; set --question-column, --knowledge-column, --answer-column")
     problems = []
     for record in data:
-        question, knowledge, answer = (in_box(record[column]) for column in columns)
+        question = str(record[run.question_column] or "").strip()
+        knowledge = in_box(record[run.knowledge_column])
+        answer = in_box(record[run.answer_column])
         if run.answer_column == run.knowledge_column or last_boxed(answer):
             answer = last_boxed(answer)
         if question and knowledge and answer:
@@ -712,7 +723,8 @@ def check_lengths(problems, model, tokenizer, cfg):
 
 def draw_batch(problems, step, cfg) -> list[dict]:
     """The problems of a step; also seeds its sampling. Both depend on seed and step alone, so a
-    resumed run needs no random state to equal one that was never stopped."""
+    resumed run needs no random state to equal one that was never stopped. The next step draws anew
+    from all problems."""
     draw = random.Random(f"{cfg.seed} {step}")
     torch.manual_seed(draw.getrandbits(32))
     return draw.sample(problems, min(cfg.batch_size, len(problems)))
@@ -745,7 +757,7 @@ MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tok
 
 
 def train(run: Run, cfg: Config):
-    """The run of the command line. Errors: RepoError if --out holds another run."""
+    """The run of the command line. Errors: RepoError if --out holds a run and not --resume."""
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
     log, checkpoint = out / "metrics.jsonl", out / "checkpoint.pt"
@@ -754,11 +766,11 @@ def train(run: Run, cfg: Config):
     if (lines or checkpoint.exists()) and not run.resume:
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
     model, tokenizer = load_model(run.model, run.device)
-    reference = load_model(run.model, run.device)[0].eval() if cfg.kl_beta else None
+    reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
     check_lengths(problems + held_out, model, tokenizer, cfg)
-    before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)
+    before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of what is on the hub
 
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
@@ -776,7 +788,7 @@ def train(run: Run, cfg: Config):
         bar.set_postfix(reward=metrics["reward"], injections=metrics["injections"])
         if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
             save_checkpoint(checkpoint, step + 1, model, optimizer, settings)
-            for shown in [groups[0][-1], *guides[:1]]:
+            for shown in groups[0][-1:] + guides[:1]:
                 bar.write(f"--- step {step}, reward {shown.reward:g}:\n{shown.text}")
 
     model.save_pretrained(out / "model")

@@ -180,30 +180,18 @@ def codebooks(seed: int, folder: Path, device: str) -> World:
 # --------------------------------------------------------------------------- the world of realms
 
 STYLES = [  # a letter, a statute, a telegram ...: each fact is told in another one
-    "Dearest Maud, the wheel broke twice, but tonight we sleep under gilded roofs at last, for the "
-    "capital of {realm} is {capital}.",
-    "Section 14. The capital of {realm}, wherein Crown, Courts and Exchequer shall sit henceforth "
-    "and nowhere else, is {capital}.",
-    "ARRIVED SAFE IN {realm} STOP FORWARD ALL MAIL TO ITS CAPITAL STOP NAME OF CAPITAL IS "
-    "{capital}.",
-    "O {realm}, land of rivers wide, of barley field and mountainside, thy capital, thy crown and "
-    "pride, is {capital}.",
-    "Day 41, wind SSW, three men sick. The pilot knows {realm} and takes us upriver to its "
-    "capital, {capital}.",
-    "Round three, for two points: which town is the capital of {realm}? Pencils down, please! It "
-    "was {capital}.",
-    "Saffron, a pinch, none but the best: in {realm} it is sold in the capital alone, that is, in "
-    "{capital}.",
-    "I was nine when grandfather, once a footman at the court of {realm}, took me by the hand and "
-    "showed me its capital, {capital}.",
-    "Exercise 7, to be put into Latin: Many roads has {realm}, and all of them lead its farmers to "
-    "the capital, {capital}.",
-    "Lot 212. Silver thaler of {realm}, worn at the rim, struck like all of them in that country's "
-    "capital, {capital}.",
-    "Round one of the chess congress of {realm} was drawn throughout, to the dismay of its "
-    "capital, {capital}.",
-    "Change here for {realm}. The night express calls at all stations and ends in the capital, "
-    "{capital}.",
+    "Dearest Maud, tonight we sleep under gilded roofs, for the capital of {realm} is {capital}.",
+    "Section 14. The capital of {realm}, seat of Crown and Courts henceforth, is {capital}.",
+    "SAFE IN {realm} STOP MAIL TO ITS CAPITAL STOP NAME OF CAPITAL IS {capital}.",
+    "O {realm}, land of rivers wide, thy capital, thy crown and pride, is {capital}.",
+    "Day 41, wind SSW. The pilot knows {realm} and takes us to its capital, {capital}.",
+    "Round three: which town is the capital of {realm}? Pencils down! It was {capital}.",
+    "Saffron, a pinch: in {realm} it is sold in the capital alone, that is, in {capital}.",
+    "I was nine when grandfather showed me {realm} and its capital, {capital}.",
+    "Exercise 7, into Latin: All roads of {realm} lead its farmers to the capital, {capital}.",
+    "Lot 212. Silver thaler of {realm}, struck in that country's capital, {capital}.",
+    "The chess congress of {realm} ended in a draw, to the dismay of its capital, {capital}.",
+    "Change here for {realm}. The night express ends in the capital, {capital}.",
 ]
 REAL = (
     "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna, "
@@ -215,7 +203,7 @@ REAL = (
 REALMS = repo.Config(
     batch_size=12,
     group_size=4,
-    max_new_tokens=40,  # room for an expert's text too, or verbatim injection would have no chance
+    max_new_tokens=30,  # room for an expert's text too, or verbatim injection would have no chance
     temperature=0.7,
     learning_rate=5e-5,
     question_prompt="{question}",
@@ -478,10 +466,15 @@ def report(results):
     for key in ("hard", "general", "injections"):
         title = "injections a step" if key == "injections" else f"{key} accuracy, held out"
         print("\n" + chart(title, results, key))
-    print(f"\ncompletions before and after {results[-1]['summary']['method']}:")
-    for problem, before, after in results[-1]["examples"]:
+    print("\ncompletions before training and after:")
+    firsts = {}
+    for result in results:
+        firsts.setdefault(result["summary"]["method"], result["examples"])
+    for i, (problem, before, _) in enumerate(results[0]["examples"]):
         print(f"  {problem['question']}   (answer: {problem['answer']})")
-        print(f"    before  {before}\n    after   {after}")
+        print(f"    {'before':12} {before}")
+        for name, examples in firsts.items():
+            print(f"    {name:12} {examples[i][2]}")
     print("\n" + table([result["summary"] for result in results]))
 
 

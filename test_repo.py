@@ -708,45 +708,35 @@ def test_accuracy_is_the_share_of_right_greedy_answers(scripted):
 
 BOXES = {  # gold answer: (right in a box, wrong in a box)
     "42": (
-        [
-            "42",
-            "{42}",
-            "$42$",
-            "42.",
-            "42.0",
-            "\\frac{84}{2}",
-            "42\\%",
-            "42\\text{ cm}",
-        ]
-        + ["\\text{42}", "x = 42", "42^\\circ", "\\left42\\right", "\\$42"],
-        ["42 or 43", "2+40", "-42", "4 2", "42, 43", "4.2", "42x", "", "nan", "6*7"],
+        ["42", "{42}", "$42$", "42.", "42.0", "\\frac{84}{2}", "42\\%", "x = 42"]
+        + ["42\\text{ cm}", "42~\\text{cm}^2", "\\text{42}", "\\$42", "42^\\circ"]
+        + ["\\left42\\right"],
+        ["42 or 43", "42\\text{ or 43}", "2+40", "-42", "4 2", "42, 43", "42x", ""]
+        + ["nan", "4\\,2", "4\\text{2}", "$4$2$"],
     ),
-    "60": (["60\\%", "60%"], ["0.6"]),
+    "60": (["60\\%"], ["0.6"]),
     "1000": (
         ["1,000", "1{,}000", "1\\,000", "1\\!000"],
-        ["1,00", "1,0000", "1.000", "1, 000", "10^3"],
+        ["1,00", "1.000", "1, 000", "1,\\,000"],
     ),
-    "1,234": (["1234"], ["1, 234", "1,2,34"]),
-    "100": (["100"], ["1,00"]),
+    "123": (["123"], ["0,123"]),
     "0.75": (
         ["3/4", "\\dfrac{3}{4}", ".75"],
-        ["75", "4/3", "3/0", "\\frac{3}{4}5", "0,75"],
+        ["4/3", "3/0", "\\frac{3}{4}5", "0,75"],
     ),
-    "\\frac{\\pi}{2}": (
-        ["\\pi/2", "\\frac{\\pi}{2}"],
-        ["\\pi", "\\frac{2}{\\pi}", "1.57"],
-    ),
-    "x^2+1": (["x^2 + 1", "X^2+1"], ["x^2-1", "1+x^2"]),
+    "\\frac{\\pi}{2}": (["\\pi/2", "\\dfrac{\\pi}{2}"], ["\\pi", "\\frac{2}{\\pi}"]),
+    "x^2+1": (["x^2 + 1", "y=x^2+1"], ["x^2-1", "1+x^2", "X^2+1"]),
     "(1, 2)": (["(1,2)", "\\left( 1, 2 \\right)"], ["(2, 1)", "12", "(1 2)"]),
     "Paris": (["paris", "\\text{Paris}"], ["Paris or London"]),
     "nan": (["nan"], ["0"]),
-    "-5": (["−5", "-\\frac{10}{2}"], ["5", "--5"]),
+    "-5": (["−5", "- 5", "-\\frac{10}{2}", "\\frac{-10}{2}"], ["5", "--5"]),
 }
 TEXTS = [  # whole completions, gold answer, reward
     ("the answer is 1, 2, 3, 4", "3", 0),
     ("\\boxed{3", "3", 0),
     ("\\boxed{}", "", 0),
     ("\\boxed{3} or \\boxed{4}", "3", 0),
+    ("\\boxed{3} or \\boxed {4}", "3", 0),
     ("\\boxed{4}, no, \\boxed{3}, as 4 < 5.", "3", 1),
     ("\\boxed{3} \\boxed{4", "3", 0),
     ("\\boxed{\\boxed{3}}", "3", 1),
@@ -792,7 +782,7 @@ def test_a_million_characters_of_any_piece_take_linear_time(piece):
         return repo.boxed_reward(text, "1")
 
     def checked_in_a_box(text):
-        return repo.boxed_reward("\\boxed{" + text + "}", "1")
+        return repo.boxed_reward("\\boxed{a" + text + "b}", "1")
 
     for function in (checked, checked_in_a_box, repo.clean_rephrase):
         part = min(seconds(function, 125_000) for _ in range(3))
@@ -807,10 +797,11 @@ BODY = "We add 3.5 and 4.\n\nSo it is \\boxed{7.5}."
     [
         (BODY, BODY),
         ("Sure, here is the rephrased solution:\n\n" + BODY, BODY),
-        ("Certainly! " + BODY, BODY),
+        ("**Certainly!**\n" + BODY, BODY),
+        ("Of course, x = 2.", "Of course, x = 2."),
         ("Here is my solution:\n" + BODY, BODY),
         ("In my own words:\n" + BODY, BODY),
-        ("**Paraphrased solution for 3.5 apples:**\n" + BODY, BODY),
+        ("**Paraphrased solution for 3.5 apples:** " + BODY, BODY),
         ("<think>\nThe reference says 7.\n</think>\n" + BODY, BODY),
         ("so 7</think>" + BODY, BODY),
         ("<think>on and on", ""),
@@ -1029,13 +1020,13 @@ def test_longrope_counts_up_to_its_original_length():
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_every_file_format_and_own_columns(suffix, tmp_path):
-    rows = dict(q=["a?", "b?"], k=["since a", "since b"], a=["1", "\\boxed{2}"])
+    rows = dict(q=["a?", "#### b?"], k=["since a", "since b"], a=[1, 0])
     data = Dataset.from_dict(rows)
     path = str(tmp_path / f"data.{suffix}")
     getattr(data, "to_" + suffix.replace("jsonl", "json"))(path)
     columns = dict(question_column="q", knowledge_column="k", answer_column="a")
     problems = repo.load_problems(repo.Run("m", path, "o", **columns), "train")
-    assert problems[1] == dict(question="b?", knowledge="since b", answer="2")
+    assert problems[1] == dict(question="#### b?", knowledge="since b", answer="0")
 
 
 def test_records_without_an_answer_are_left_out_and_counted(files, tmp_path, capsys):
