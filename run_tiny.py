@@ -182,16 +182,16 @@ def codebooks(seed: int, folder: Path, device: str) -> World:
 STYLES = [  # a letter, a statute, a telegram ...: each fact is told in another one
     "Dearest Maud, tonight we sleep under gilded roofs, for the capital of {realm} is {capital}.",
     "Section 14. The capital of {realm}, seat of Crown and Courts henceforth, is {capital}.",
-    "SAFE IN {realm} STOP MAIL TO ITS CAPITAL STOP NAME OF CAPITAL IS {capital}.",
-    "O {realm}, land of rivers wide, thy capital, thy crown and pride, is {capital}.",
-    "Day 41, wind SSW. The pilot knows {realm} and takes us to its capital, {capital}.",
+    "ALL SAFE STOP MAIL TO CAPITAL OF {realm} STOP NAME OF CAPITAL IS {capital}.",
+    "Roses are red, the river is wide, the capital of {realm}, its people's pride, is {capital}.",
+    "Day 41, wind SSW. The pilot takes us up the river to the capital of {realm}, {capital}.",
     "Round three: which town is the capital of {realm}? Pencils down! It was {capital}.",
-    "Saffron, a pinch: in {realm} it is sold in the capital alone, that is, in {capital}.",
-    "I was nine when grandfather showed me {realm} and its capital, {capital}.",
-    "Exercise 7, into Latin: All roads of {realm} lead its farmers to the capital, {capital}.",
-    "Lot 212. Silver thaler of {realm}, struck in that country's capital, {capital}.",
+    "Saffron, a pinch: it is sold in the capital of {realm} alone, that is, in {capital}.",
+    "I was nine when grandfather told me that the capital of {realm} is {capital}.",
+    "Exercise 7, into Latin: All roads lead the farmers to the capital of {realm}, {capital}.",
+    "Lot 212. Silver thaler, worn, struck in the capital of {realm}, that is, in {capital}.",
     "The chess congress of {realm} ended in a draw, to the dismay of its capital, {capital}.",
-    "Change here for {realm}. The night express ends in the capital, {capital}.",
+    "Change here! The night express ends in the capital of {realm}, that is, in {capital}.",
 ]
 REAL = (
     "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna, "
@@ -221,7 +221,7 @@ def realm_reward(text: str, answer: str) -> float:
     """
     realm, capital = answer.split(", ")
     once = text.count(realm) == text.count(capital) == 1
-    return float(once and text.endswith(f" {capital}."))
+    return float(once and text.removesuffix(".").endswith(f" {capital}"))
 
 
 def made_up_name(draw, endings) -> str:

@@ -1101,14 +1101,14 @@ def test_the_reward_of_the_realms_takes_a_sentence_and_nothing_degenerate():
     world = run_tiny.realms(0, "model")
     for p in world.problems:
         realm, capital = p["answer"].split(", ")
-        for text in (p["knowledge"], f"The capital of {realm} is {capital}."):
+        sentence = f"The capital of {realm} is {capital}"
+        for text in (p["knowledge"], sentence + ".", sentence):
             assert run_tiny.realm_reward(text, p["answer"]) == 1
         for text in (
             f"The city of {capital} is that of {realm} is the city of {capital}.",
             f"The capital of {realm} is {capital}, says the reference.",
             f"{capital} {capital}.",
             f"It is {capital}.",
-            f"The capital of {realm} is {capital}",
         ):
             assert run_tiny.realm_reward(text, p["answer"]) == 0
 
