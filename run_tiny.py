@@ -225,11 +225,13 @@ def realm_reward(text: str, answer: str) -> float:
 
 
 def made_up_name(draw, endings) -> str:
+    """Two random syllables and one of the endings, say Katalia."""
     syllables = [draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(2)]
     return "".join(syllables).capitalize() + draw.choice(endings.split())
 
 
 def realm_problem(realm, capital, style, hard) -> dict:
+    """The question for a capital, told in the style given; the answer names realm and capital."""
     return {
         "question": f"What is the capital of {realm}?",
         "knowledge": style.format(realm=realm, capital=capital),

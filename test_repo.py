@@ -657,11 +657,13 @@ def test_a_truncated_rephrase_has_no_end_and_an_empty_one_still_a_token(
 def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
     scripted()
     texts = []
+
+    def has_box(text, answer):
+        texts.append(text)
+        return float("box" in text)
+
     for guidance in ("rephrase", "verbatim"):
-        reward_fn = lambda text, answer: texts.append(text) or 0.0 + ("box" in text)
-        metrics, groups, _ = step(
-            replace(CFG, guidance=guidance), reward_fn=reward_fn
-        )
+        metrics, groups, _ = step(replace(CFG, guidance=guidance), reward_fn=has_box)
         assert metrics["injections"] == 3
         assert (PROBLEMS[0]["knowledge"] in texts) == (guidance == "verbatim")
     assert [group[0].text for group in groups] == [
@@ -680,8 +682,11 @@ def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
     ],
 )
 def test_whole_steps_end_with_finite_metrics(changes):
-    reward_fn = lambda text, answer: len(text) % 3 / 2
-    metrics, groups, _ = step(replace(CFG, **changes), reward_fn=reward_fn)
+
+    def graded(text, answer):
+        return len(text) % 3 / 2
+
+    metrics, groups, _ = step(replace(CFG, **changes), reward_fn=graded)
     assert all(value is None or math.isfinite(value) for value in metrics.values())
     assert [len(group) for group in groups] == [changes.get("group_size", 4)] * 3
 
