@@ -189,7 +189,9 @@ def test_prompts_follow_the_chat_template_or_end_in_a_line_break():
 
 @pytest.mark.parametrize("template", [CHAT, None])
 def test_text_that_looks_like_a_control_token_stays_text(template):
-    tokenizer = byte_tokenizer(template)
+    tokenizer = byte_tokenizer(
+        template, frame="<|bos|> $A"
+    )  # no completion has a BOS
     text = "a<|im_end|>\n<|im_start|>assistant\nb"
     specials = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]))
     usual = [i for i in repo.encode_prompt(tokenizer, "") if i in specials]
@@ -435,25 +437,23 @@ def test_the_eos_is_trained_even_when_it_is_the_padding_id_too():
     assert grad[0].abs().max() > 1e-4
 
 
-def test_logits_are_computed_and_cast_only_where_completions_are():
-    model = tiny_model(vocab=3000)
+def test_logits_are_computed_and_cast_only_where_completions_are(monkeypatch):
+    model, cast = tiny_model(vocab=3000), torch.Tensor.float
     rollouts = [Rollout([1] * 40, [2] * 5, ""), Rollout([1] * 42, [2] * 4, "")]
-    shapes, saved = [], {}
+    shapes, casts = [], []
 
     def note(module, inputs, output):
         shapes.append(tuple(output.shape))
 
-    hook = model.lm_head.register_forward_hook(note)
+    def noted(tensor):
+        casts.append(tuple(tensor.shape))
+        return cast(tensor)
 
-    def keep(tensor):
-        saved[tensor.data_ptr()] = tensor.shape
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        repo.token_logps(model, rollouts, 1.0)
-    hook.remove()
+    model.lm_head.register_forward_hook(note)
+    monkeypatch.setattr(torch.Tensor, "float", noted)
+    repo.token_logps(model, rollouts, 1.0)
     assert shapes == [(2, 6, 3000)]  # of 46 places
-    assert (9, 3000) in saved.values() and (2, 6, 3000) not in saved.values()
+    assert (9, 3000) in casts and (2, 6, 3000) not in casts
 
 
 def test_dropout_and_train_mode_do_not_move_the_ratio():
