@@ -701,12 +701,19 @@ def test_a_reward_that_is_no_finite_number_names_prompt_and_completion(
         step(reward_fn=lambda text, answer: reward)
 
 
-def test_accuracy_is_the_share_of_right_greedy_answers(scripted):
+def test_accuracy_is_the_share_of_right_greedy_answers(scripted, monkeypatch):
     scripted(rollout="\\boxed{4}")
+    sample, temperatures = repo.sample, set()
+
+    def noted(*args):
+        temperatures.add(args[4])
+        return sample(*args)
+
+    monkeypatch.setattr(repo, "sample", noted)
     model, tokenizer = tiny_model(), byte_tokenizer()
     cfg = replace(CFG, batch_size=1, group_size=2)
     share = repo.accuracy(model, tokenizer, PROBLEMS, cfg, repo.boxed_reward)
-    assert share == pytest.approx(1 / 9)
+    assert share == pytest.approx(1 / 9) and temperatures == {0.0}
 
 
 # ------------------------------------------------------------------- the reward defines a contract
