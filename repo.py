@@ -98,16 +98,17 @@ class Config:
 
     def __post_init__(self):
         """Errors: RepoError for values with which nothing could be learnt."""
-        required = [
-            ("group_size", self.group_size >= 2, "at least 2: a group compares its rollouts"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("gate_threshold", 0 <= self.gate_threshold <= 1, "a share of the group, 0 to 1"),
-            ("fail_threshold", 0 < self.fail_threshold <= 1,
-             "above 0 and at most 1, or a reward of 0 or 1 always passes or always fails"),
-        ]
-        for name, holds, wanted in required:
-            if not holds:
-                raise RepoError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+        if self.group_size < 2:
+            raise RepoError(f"group_size is {self.group_size}; it must be at least 2, as a group "
+                            "compares its rollouts")
+        if not self.temperature > 0:
+            raise RepoError(f"temperature is {self.temperature}; it must be above 0")
+        if not 0 <= self.gate_threshold <= 1:
+            raise RepoError(f"gate_threshold is {self.gate_threshold}; it must be a share of the "
+                            "group, 0 to 1")
+        if not 0 < self.fail_threshold <= 1:
+            raise RepoError(f"fail_threshold is {self.fail_threshold}; it must be above 0 and at "
+                            "most 1, or a reward of 0 or 1 always passes or always fails")
 
 
 @dataclass
@@ -128,12 +129,6 @@ class Rollout:
 def fill(template: str, problem: dict) -> str:
     """The template with {question} and {knowledge} filled in; other braces stay as they are."""
     return re.sub(r"\{(question|knowledge)\}", lambda slot: problem[slot[1]], template)
-
-
-def pad(rows, side, device):
-    """Lists of unequal lengths as one tensor [B, longest], filled up with 0 on the side given."""
-    tensors = [torch.tensor(row, device=device) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_side=side)
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
@@ -170,6 +165,12 @@ def end_tokens(model, tokenizer) -> list[int]:
     return ends + (configured if isinstance(configured, list) else [configured])
 
 
+def pad(rows, side, device):
+    """Lists of unequal lengths as one tensor [B, longest], filled up with 0 on the side given."""
+    tensors = [torch.tensor(row, device=device) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_side=side)
+
+
 def autocast(model):
     """On CUDA bf16 matrix products, and so bf16 logits, over fp32 weights; elsewhere fp32.
 
@@ -186,7 +187,6 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     `prompts` are lists of token ids; T = 0 is greedy. Returns (token ids, log-probability of each)
     for each completion, those of a prompt side by side. A completion ends with its first token in
     `ends`, or after `max_new_tokens` without one.
-    Errors: RepoError if the model keeps no cache of keys and values whose rows can be rearranged.
 
     A loop of our own: `generate` follows the checkpoint's top-k, top-p and penalties, and takes
     twice as long. Here a prompt is read once for all its samples, and finished rows leave.
@@ -205,8 +205,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                            use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
             cache = output.get("cache")
-            has_keys = any(hasattr(layer, "keys") for layer in getattr(cache, "layers", []))
-            if not has_keys or hasattr(cache, "linear_cache"):  # Mamba, RWKV; MiniMax
+            if not hasattr(cache, "reorder_cache"):
                 raise RepoError(f"{type(model).__name__} keeps no cache whose rows can be "
                                 "rearranged; use another model")
             if t == 0:  # each prompt has been read once: now its row is copied for each sample
@@ -313,11 +312,9 @@ def rephrase(model, tokenizer, problems, cfg) -> list[Rollout]:
     Drawn at the rollouts' temperature (ours). It ends with its draft's last token if that is an end
     token or if cleaning left no other; after a truncated draft it has no end.
     """
-    if not problems:
-        return []
     turns = [fill(cfg.rephrase_prompt, problem) for problem in problems]
-    rephrases = []
     drafts = generate(model, tokenizer, turns, 1, cfg.temperature, cfg)
+    rephrases = []
     for problem, (draft,) in zip(problems, drafts):
         text = clean_rephrase(draft.text)
         end = [] if draft.truncated and text else draft.completion[-1:]
@@ -432,7 +429,8 @@ def sampler_diff(rollouts, logps) -> float:
             largest = max(largest, difference.abs().max().item())
     if largest > 5:
         raise RepoError(f"sampler and trainer are {largest:.1f} nats apart on a token: this model "
-                        "ignores positions or attention masks; use another")
+                        "ignores positions or attention masks, or keeps a cache whose rows cannot "
+                        "be rearranged; use another")
     return largest
 
 
@@ -443,7 +441,7 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
     clip never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
     Errors: RuntimeError, before that step, if the gradient is not finite.
     """
-    rewards = torch.tensor([[r.reward for r in group] for group in groups])
+    rewards = torch.tensor([[r.reward for r in group] for group in groups])  # [B, G]
     advantages = group_advantages(rewards).flatten().to(model.device)  # [N]
     rollouts = [r for group in groups for r in group]
     lengths = torch.tensor([len(r.completion) for r in rollouts], device=model.device)  # [N]
@@ -454,19 +452,19 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
     trained = [i for i, advantage in enumerate(advantages.tolist()) if advantage or cfg.kl_beta]
     batches = micro_batches(rollouts, trained, cfg.micro_batch_tokens)
 
-    old_logps, losses, kls, norms, clipped, sampler_diffs = [], [], [], [], [], []
-    for epoch in range(cfg.updates_per_batch if batches else 0):
+    old_logps = {}
+    losses, kls, norms, clipped, sampler_diffs = [], [], [], [], []
+    for _ in range(cfg.updates_per_batch if batches else 0):
         for n, batch in enumerate(batches):
             part = [rollouts[i] for i in batch]
             logps = token_logps(model, part, cfg.temperature)  # [T]
-            if epoch == 0:
-                # π_old(·|q) is this first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
-                # (ours): it costs nothing, and no other code path can disturb the ratio.
-                old_logps.append(logps.detach())
-                sampler_diffs.append(sampler_diff(part, old_logps[n]))
+            # π_old(·|q) is the first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
+            # (ours): it costs nothing, and no other code path can disturb the ratio.
+            old = old_logps.setdefault(n, logps.detach())
+            sampler_diffs.append(sampler_diff(part, old))
             token_advantages = advantages[batch].repeat_interleave(lengths[batch])  # [T]
             token_weights = weights[batch].repeat_interleave(lengths[batch])  # [T]
-            loss, is_clipped = policy_loss(logps, old_logps[n], token_advantages, token_weights,
+            loss, is_clipped = policy_loss(logps, old, token_advantages, token_weights,
                                            cfg.clip_epsilon)
             if cfg.kl_beta:
                 with torch.no_grad():
@@ -512,12 +510,12 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     if cfg.kl_beta and reference is None:
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
     model.eval()  # dropout would make the policy that is trained another than the one sampled
-    clock = [time.perf_counter()]
+    start = time.perf_counter()
 
     # 1. Rollout.
     groups = rollout(model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn)
     sampled = [r for group in groups for r in group]  # the policy's own, before any replacement
-    clock.append(time.perf_counter())
+    sampled_at = time.perf_counter()
 
     # 3. Injection, first half: the gate, before 2 because a closed one then costs nothing (ours).
     opened = []
@@ -530,7 +528,9 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     # 2. Rephrase.
     end = end_tokens(model, tokenizer)[:1]
     experts = [as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in failed]
-    rephrases = rephrase(model, tokenizer, failed, cfg) if cfg.guidance == "rephrase" else []
+    rephrases = []
+    if failed and cfg.guidance == "rephrase":
+        rephrases = rephrase(model, tokenizer, failed, cfg)
     guides = experts if cfg.guidance == "verbatim" else rephrases
     gaps = {  # how far from π(·|q) is each text? Measured before the update
         "policy_gap/expert": mean_logp(model, experts, cfg),
@@ -544,11 +544,10 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
         guide.reward = checked_reward(reward_fn, guide.text, problems[n])
         if replace_worst(groups[n], guide):
             injections += 1
-    clock.append(time.perf_counter())
+    rephrased_at = time.perf_counter()
 
     # 4. Update.
     updated = update(model, optimizer, groups, cfg, reference)
-    clock.append(time.perf_counter())
 
     metrics = {
         "reward": mean(r.reward for r in sampled),
@@ -561,9 +560,9 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
         "completions/mean_length": mean(len(r.completion) for r in sampled),
         "completions/clipped_ratio": mean(r.truncated for r in sampled),
         **updated,
-        "seconds/sample": clock[1] - clock[0],
-        "seconds/rephrase": clock[2] - clock[1],
-        "seconds/update": clock[3] - clock[2],
+        "seconds/sample": sampled_at - start,
+        "seconds/rephrase": rephrased_at - sampled_at,
+        "seconds/update": time.perf_counter() - rephrased_at,
     }
     return metrics, groups, guides
 
@@ -682,10 +681,10 @@ def load_problems(run: Run, split: str) -> list[dict]:
         data = load_dataset(reader or run.dataset, run.subset, data_files=files, split=split)
     except Exception as error:  # an empty file is a StopIteration
         raise RepoError(f"{run.dataset!r} has no readable split {split!r}: {error!r}") from error
-    columns = [run.question_column, run.knowledge_column, run.answer_column]
-    if not set(columns) <= set(data.column_names):
-        raise RepoError(f"the dataset's columns are {data.column_names}, and these were asked for: "
-                        f"{columns}; set --question-column, --knowledge-column, --answer-column")
+    for column in (run.question_column, run.knowledge_column, run.answer_column):
+        if column not in data.column_names:
+            raise RepoError(f"the dataset has no column {column!r}, but {data.column_names}; "
+                            "set --question-column, --knowledge-column and --answer-column")
     problems = []
     for record in data:
         question = str(record[run.question_column] or "").strip()
@@ -695,9 +694,7 @@ def load_problems(run: Run, split: str) -> list[dict]:
             answer = last_boxed(answer)
         if question and knowledge and answer:
             problems.append(dict(question=question, knowledge=knowledge, answer=answer))
-    left_out = len(data) - len(problems)
-    if left_out:
-        print(f"{left_out} of {len(data)} records lack question, knowledge or answer: left out")
+    print(f"{len(problems)} of {len(data)} records have question, knowledge and answer")
     if not problems:
         raise RepoError(f"{run.dataset!r} has no usable record in {split!r}; check the columns")
     return problems
@@ -708,11 +705,7 @@ def check_lengths(problems, model, tokenizer, cfg):
 
     P(q,k) is the longest prompt, and holds the expert's text.
     """
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # a longer text changes all positions before it
-        context = rope["original_max_position_embeddings"]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     for problem in problems:
         prompt = encode_prompt(tokenizer, fill(cfg.rephrase_prompt, problem))
         if len(prompt) + cfg.max_new_tokens > context:
@@ -730,67 +723,71 @@ def draw_batch(problems, step, cfg) -> list[dict]:
     return draw.sample(problems, min(cfg.batch_size, len(problems)))
 
 
-def save_checkpoint(file, step, model, optimizer, settings):
+MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tokens"}  # on resume
+
+
+def save_checkpoint(file, log, model, optimizer, settings):
     """Writes beside the old file and then moves over it: a kill leaves the old one or the new."""
     partial = file.with_suffix(".partial")
-    state = dict(step=step, settings=settings, model=model.state_dict())
-    torch.save({**state, "optimizer": optimizer.state_dict()}, partial)
+    state = dict(log=log, settings=settings, model=model.state_dict(),
+                 optimizer=optimizer.state_dict())
+    torch.save(state, partial)
     os.replace(partial, file)
 
 
-def load_checkpoint(file, model, optimizer, settings) -> int:
-    """Restores model and optimizer and returns the number of steps done.
+def load_checkpoint(file, model, optimizer, settings) -> list[str]:
+    """Restores model and optimizer and returns the log, a line for each step done.
 
     Errors: RepoError if a setting has changed.
     """
     state = torch.load(file, map_location="cpu", weights_only=True)
-    changed = dict(state["settings"].items() - settings.items())
-    if changed:
-        raise RepoError(f"{file} was made with other settings, {changed}; resume with these, or "
-                        "start anew in another --out")
+    for name, value in state["settings"].items():
+        if settings[name] != value and name not in MAY_CHANGE:
+            raise RepoError(f"{file} was made with {name} = {value!r}, and now it is "
+                            f"{settings[name]!r}; change it back or choose another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tokens"}  # on resume
+    return state["log"]
 
 
 def train(run: Run, cfg: Config):
     """The run of the command line. Errors: RepoError if --out holds a run and not --resume."""
     out = Path(run.out)
-    out.mkdir(parents=True, exist_ok=True)
-    log, checkpoint = out / "metrics.jsonl", out / "checkpoint.pt"
-    log.touch()
-    lines = log.read_text().splitlines(keepends=True)
-    if (lines or checkpoint.exists()) and not run.resume:
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists() and not run.resume:
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
     model, tokenizer = load_model(run.model, run.device)
     reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
     check_lengths(problems + held_out, model, tokenizer, cfg)
-    before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of what is on the hub
+    before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)
 
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
     settings = {**asdict(run), **asdict(cfg)}
-    settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-    start = load_checkpoint(checkpoint, model, optimizer, settings) if checkpoint.exists() else 0
-    os.truncate(log, len("".join(lines[:start])))  # a killed run may be past its checkpoint
-    bar = tqdm(range(start, run.steps), initial=start, total=run.steps)
-    for step in bar:
+    log = []
+    if checkpoint.exists():
+        log = load_checkpoint(checkpoint, model, optimizer, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics_file = out / "metrics.jsonl"
+    metrics_file.write_text("".join(log))  # a killed run may be past its checkpoint
+
+    for step in range(len(log), run.steps):
+        if step % run.save_every == 0:
+            save_checkpoint(checkpoint, log, model, optimizer, settings)
         batch = draw_batch(problems, step, cfg)
         metrics, groups, guides = train_step(model, tokenizer, optimizer, batch, cfg, boxed_reward,
                                              reference)
-        with log.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        bar.set_postfix(reward=metrics["reward"], injections=metrics["injections"])
-        if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
-            save_checkpoint(checkpoint, step + 1, model, optimizer, settings)
+        log.append(json.dumps({"step": step, **metrics}) + "\n")
+        with metrics_file.open("a") as file:
+            file.write(log[-1])
+        print(f"step {step}: reward {metrics['reward']:.3f}, {metrics['injections']} injections")
+        if step % run.save_every == 0:
             for shown in groups[0][-1:] + guides[:1]:
-                bar.write(f"--- step {step}, reward {shown.reward:g}:\n{shown.text}")
+                print(f"--- reward {shown.reward:g}:\n{shown.text}")
 
+    save_checkpoint(checkpoint, log, model, optimizer, settings)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     after = accuracy(model, tokenizer, held_out, cfg, boxed_reward)

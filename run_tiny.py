@@ -19,6 +19,7 @@ Everything else is repo.py's: this file builds worlds, calls `repo.train_step` a
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -139,20 +140,20 @@ def warm_up(books, model, tokenizer, seed, steps=300, batch=24):
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc="warm-up of the base policy", leave=False):
-        solving, rephrasing = [], []
+        rollouts = []
         for _ in range(batch):
             problem = codebook_problem(books, draw.choice("12"), draw)
-            text = own_style(problem["question"][1:], problem["answer"])
-            solving.append(repo.as_rollout(tokenizer, problem, text, end, CODEBOOKS))
+            solution = own_style(problem["question"][1:], problem["answer"])
+            rollouts.append(repo.as_rollout(tokenizer, problem, solution, end, CODEBOOKS))
 
             problem = codebook_problem(books, draw.choice("123"), draw)
             letters = problem["question"][1:]
             made_up = draw.choices(LETTERS, k=4)  # so that rephrasing teaches no fact of book 3
             problem["knowledge"] = expert_style(letters, made_up)
-            text = own_style(letters, made_up)
-            rephrasing.append(repo.as_rollout(tokenizer, problem, text, end, hinted))
-        logps = [repo.token_logps(model, skill, 1.0).mean() for skill in (solving, rephrasing)]
-        descend(model, optimizer, -sum(logps) / 2, max_norm=1.0)
+            rephrased = own_style(letters, made_up)
+            rollouts.append(repo.as_rollout(tokenizer, problem, rephrased, end, hinted))
+        loss = -repo.token_logps(model, rollouts, temperature=1.0).mean()
+        descend(model, optimizer, loss, max_norm=1.0)
         schedule.step()
 
 
@@ -179,7 +180,7 @@ def codebooks(seed: int, folder: Path, device: str) -> World:
 
 # --------------------------------------------------------------------------- the world of realms
 
-STYLES = [  # a letter, a statute, a telegram ...: each fact is told in another one
+STYLES = [  # a letter, a statute, a telegram ...
     "Dearest Maud, tonight we sleep under gilded roofs, for the capital of {realm} is {capital}.",
     "Section 14. The capital of {realm}, seat of Crown and Courts henceforth, is {capital}.",
     "ALL SAFE STOP MAIL TO CAPITAL OF {realm} STOP NAME OF CAPITAL IS {capital}.",
@@ -198,7 +199,9 @@ REAL = (
     "Greece Athens, Poland Warsaw, Hungary Budapest, Ireland Dublin, Norway Oslo, "
     "Sweden Stockholm, Denmark Copenhagen, Finland Helsinki, Russia Moscow, Egypt Cairo, "
     "Japan Tokyo, China Beijing, Cuba Havana, Peru Lima, Kenya Nairobi, Turkey Ankara, "
-    "Thailand Bangkok, Canada Ottawa"
+    "Thailand Bangkok, Canada Ottawa, Romania Bucharest, Bulgaria Sofia, Belgium Brussels, "
+    "Iran Tehran, Iraq Baghdad, Syria Damascus, Chile Santiago, Venezuela Caracas, "
+    "Colombia Bogota, Libya Tripoli, Vietnam Hanoi, Jordan Amman"
 )
 REALMS = repo.Config(
     batch_size=12,
@@ -241,33 +244,43 @@ def realm_problem(realm, capital, style, hard) -> dict:
 
 
 def realms(seed: int, model: str) -> World:
-    """Twelve made-up capitals to learn, twelve real ones in the batches and twelve held out."""
+    """Twelve made-up capitals to learn; of 36 real ones 24 are in the batches and 12 held out.
+
+    Half of the problems are hard, each fact in all twelve styles: an expert never says it twice in
+    the same words.
+    """
     draw = random.Random(seed)
     hard = []
-    for style in draw.sample(STYLES, len(STYLES)):
+    for _ in range(12):
         realm = made_up_name(draw, "nia ria lia via")
         capital = made_up_name(draw, "n r l s")
-        hard.append(realm_problem(realm, capital, style, hard=True))
+        hard += [realm_problem(realm, capital, style, hard=True) for style in STYLES]
     real = [pair.split() for pair in REAL.split(", ")]
     plain = "The capital of {realm} is {capital}."
     real = [realm_problem(*pair, plain, hard=False) for pair in draw.sample(real, len(real))]
-    rephrased = []
-    for problem in hard:  # the same facts, asked for in words that are never trained
+    facts = hard[:: len(STYLES)]
+    reworded = []
+    for problem in facts:  # asked for in words that are never trained
         question = problem["question"].replace("What is", "Which city is")
-        rephrased.append({**problem, "question": question})
-    held_out = {"hard": hard, "general": real[12:], "hard_rephrased": rephrased}
-    return World(model, REALMS, 60, realm_reward, hard + real[:12], held_out)
+        reworded.append({**problem, "question": question})
+    held_out = {"hard": facts, "general": real[:12], "hard_rephrased": reworded}
+    return World(model, REALMS, 60, realm_reward, hard + 6 * real[12:], held_out)
 
 
 # -------------------------------------------------------------------- the methods, side by side
 
 
+def expert_rollouts(model, tokenizer, problems, cfg) -> list:
+    """The experts' texts as completions of their questions."""
+    end = repo.end_tokens(model, tokenizer)[:1]
+    return [repo.as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in problems]
+
+
 def sft_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
     """Supervised learning of the expert's text on the hard problems, in place of `train_step`."""
-    end = repo.end_tokens(model, tokenizer)[:1]
-    hard = [p for p in problems if p["hard"]]
-    experts = [repo.as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in hard]
-    gap = repo.token_logps(model, experts, 1.0).mean()
+    hard = [problem for problem in problems if problem["hard"]]
+    experts = expert_rollouts(model, tokenizer, hard, cfg)
+    gap = repo.token_logps(model, experts, temperature=1.0).mean()
     norm = descend(model, optimizer, -gap, cfg.max_grad_norm)
     return {"injections": 0, "policy_gap/expert": gap.item(), "grad_norm": norm}, [], []
 
@@ -282,15 +295,11 @@ def luffy_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
     groups = repo.rollout(
         model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn
     )
-    end = repo.end_tokens(model, tokenizer)[:1]
     entropy = -repo.mean(logp for group in groups for r in group for logp in r.sampler_logps)
-    experts = []
-    for group, problem in zip(groups, problems):
-        expert = repo.as_rollout(tokenizer, problem, problem["knowledge"], end, cfg)
+    experts = expert_rollouts(model, tokenizer, problems, cfg)
+    for group, expert, problem in zip(groups, experts, problems):
         expert.reward = reward_fn(expert.text, problem["answer"])
-        experts.append(expert)
         group[-1] = expert
-
     rollouts = [r for group in groups for r in group]
     logps = repo.token_logps(model, rollouts, cfg.temperature)
     per_rollout = iter(logps.split([len(r.completion) for r in rollouts]))
@@ -301,13 +310,15 @@ def luffy_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
             logp = next(per_rollout)
             shaped = logp.exp() / (logp.exp() + 0.1) if r is group[-1] else logp
             gain = gain + (r.reward - baseline) * shaped.sum()
+    gap = repo.mean_logp(model, experts, cfg)
+    loss = -gain / (len(rollouts) * cfg.max_new_tokens)
+    norm = descend(model, optimizer, loss, cfg.max_grad_norm)
     metrics = {
         "injections": len(experts),
-        "policy_gap/expert": repo.mean_logp(model, experts, cfg),
+        "policy_gap/expert": gap,
         "entropy": entropy,
+        "grad_norm": norm,
     }
-    loss = -gain / (len(rollouts) * cfg.max_new_tokens)
-    metrics["grad_norm"] = descend(model, optimizer, loss, cfg.max_grad_norm)
     return metrics, groups, experts
 
 
@@ -348,60 +359,39 @@ def run(world: World, name, seed, steps, device) -> dict:
     if world.cfg == CODEBOOKS:
         cfg = replace(cfg, learning_rate=method.learning_rate)
     model, tokenizer = repo.load_model(world.model, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # up in ten steps, down in the second half
-        optimizer, lambda step: min(1.0, (step + 1) / 10, 2 * (1 - step / steps))
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    shown = [problems[0] for problems in world.held_out.values()]
 
-    def measure(count: int) -> dict:
-        """The accuracy on the first `count` held-out problems of each kind."""
-        found = {}
-        for kind, problems in world.held_out.items():
-            part = problems[:count]
-            found[kind] = repo.accuracy(model, tokenizer, part, cfg, world.reward_fn)
-        return found
+    def accuracies() -> dict:
+        """On each kind of held-out problems."""
+        return {
+            kind: repo.accuracy(model, tokenizer, problems, cfg, world.reward_fn)
+            for kind, problems in world.held_out.items()
+        }
 
     def answers() -> list[str]:
         """What the policy writes, greedily, for the problems to show."""
-        turns = [problem["question"] for problem in shown]
-        return [r.text for (r,) in repo.generate(model, tokenizer, turns, 1, 0.0, cfg)]
+        groups = repo.rollout(model, tokenizer, shown, 1, 0.0, cfg, world.reward_fn)
+        return [r.text for (r,) in groups]
 
-    shown = [problems[0] for problems in world.held_out.values()]
-    before, text_before = measure(300), answers()
+    before, text_before = accuracies(), answers()
     history = []
     for step in tqdm(range(steps), desc=f"{name}, seed {seed}", leave=False):
         start = time.perf_counter()
         problems = repo.draw_batch(world.problems, step, cfg)
+        rate = min(1.0, (step + 1) / 10, 2 * (1 - step / steps))  # up, level, from half way down
+        optimizer.param_groups[0]["lr"] = rate * cfg.learning_rate
         metrics, _, _ = method.step(model, tokenizer, optimizer, problems, cfg, world.reward_fn)
-        schedule.step()
         metrics["seconds"] = time.perf_counter() - start
         if (step + 1) % max(1, steps // 10) == 0:
-            metrics |= measure(100)
+            metrics |= accuracies()
         history.append({"method": name, "seed": seed, "step": step, **metrics})
-    after, text_after = measure(300), answers()
 
-    hard = world.held_out["hard"][:100]
-    rephrases = repo.rephrase(model, tokenizer, hard, cfg)
-    right = [world.reward_fn(r.text, p["answer"]) for r, p in zip(rephrases, hard)]
-    summary = {
-        "method": name,
-        "seed": seed,
-        **after,
-        **{f"base_{kind}": value for kind, value in before.items()},
-        "rephrase_rate": repo.mean(right),
-        "injections_first10": mean_of(history[:10], "injections"),
-        "injections_last10": mean_of(history[-10:], "injections"),
-        "policy_gap_expert": mean_of(history, "policy_gap/expert"),
-        "policy_gap_rephrase": mean_of(history, "policy_gap/rephrase"),
-        "worst_entropy": max((m["entropy"] for m in history if "entropy" in m), default=None),
-        "worst_grad_norm": max(m["grad_norm"] or 0.0 for m in history),
-        "seconds_per_step": statistics.median(m["seconds"] for m in history),
-        "learning_rate": cfg.learning_rate,
-        "steps": steps,
-    }
-    examples = list(zip(shown, text_before, text_after))
+    summary = {"method": name, "seed": seed, **accuracies()}
+    summary |= {f"base_{kind}": value for kind, value in before.items()}
+    summary |= summarise(history)
+    summary |= {"learning_rate": cfg.learning_rate, "steps": steps}
+    examples = list(zip(shown, text_before, answers()))
     return {"summary": summary, "history": history, "examples": examples}
 
 
@@ -413,25 +403,44 @@ def mean_of(history, key):
     return repo.mean(m[key] for m in history if m.get(key) is not None)
 
 
+def summarise(history) -> dict:
+    """A run in figures: means over it, and its worst steps."""
+    return {
+        "rephrase_success": mean_of(history, "rephrase_success"),
+        "injections_first10": mean_of(history[:10], "injections"),
+        "injections_last10": mean_of(history[-10:], "injections"),
+        "policy_gap_expert": mean_of(history, "policy_gap/expert"),
+        "policy_gap_rephrase": mean_of(history, "policy_gap/rephrase"),
+        "worst_entropy": max((m["entropy"] for m in history if "entropy" in m), default=None),
+        "worst_grad_norm": max(m["grad_norm"] or 0.0 for m in history),
+        "seconds_per_step": statistics.median(m["seconds"] for m in history),
+    }
+
+
+def by_method(results) -> dict:
+    """The results of each method, in the order of their first appearance."""
+    grouped = {}
+    for result in results:
+        grouped.setdefault(result["summary"]["method"], []).append(result)
+    return grouped
+
+
 def cell(values) -> str:
     """0.97 ± 0.01 over several runs, 0.97 over one, - over none."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    mean = statistics.mean(values)
-    if 0 < mean < 0.005:
-        return f"{mean:g}"
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean:.2f}{spread}"
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
-def table(summaries: list[dict]) -> str:
+def table(results) -> str:
     """A row for each method, mean ± deviation over its runs; Markdown, and aligned."""
-    keys = [key for key in summaries[0] if key not in ("method", "seed", "world_seed", "steps")]
+    hidden = ("method", "seed", "world_seed", "learning_rate", "steps")
+    keys = [key for key in results[0]["summary"] if key not in hidden]
     rows = [["method", *(key.replace("_", " ") for key in keys)]]
-    for name in dict.fromkeys(s["method"] for s in summaries):
-        runs = [s for s in summaries if s["method"] == name]
-        rows.append([name, *(cell([s[key] for s in runs]) for key in keys)])
+    for name, runs in by_method(results).items():
+        rows.append([name, *(cell([r["summary"][key] for r in runs]) for key in keys)])
     widths = [max(len(text) for text in column) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     lines = []
@@ -442,16 +451,16 @@ def table(summaries: list[dict]) -> str:
 
 def chart(title, results, key, height=6, width=48) -> str:
     """The metric over the run, a letter a method, averaged over tenths of it and over the runs."""
-    grid = [[" "] * width for _ in range(height + 1)]
     curves = {}
-    for name in dict.fromkeys(result["summary"]["method"] for result in results):
-        histories = [r["history"] for r in results if r["summary"]["method"] == name]
-        tenth = max(1, len(histories[0]) // 10)
-        starts = range(0, len(histories[0]) - tenth + 1, tenth)
-        curves[name] = [
-            mean_of([m for h in histories for m in h[i : i + tenth]], key) for i in starts
-        ]
+    for name, runs in by_method(results).items():
+        length = len(runs[0]["history"])
+        tenth = max(1, length // 10)
+        curves[name] = []
+        for i in range(0, length - tenth + 1, tenth):
+            part = [m for r in runs for m in r["history"][i : i + tenth]]
+            curves[name].append(mean_of(part, key))
     top = max(1.0, *(max(curve) for curve in curves.values()))
+    grid = [[" "] * width for _ in range(height + 1)]
     legend = []
     for letter, (name, curve) in zip("abcdefghijklmnop", curves.items()):
         legend.append(f"{letter} = {name}, ends at {curve[-1]:.2f}")
@@ -465,26 +474,23 @@ def chart(title, results, key, height=6, width=48) -> str:
 
 def report(results):
     """Charts, completions before and after, and the table."""
-    for key in ("hard", "general", "injections"):
-        title = "injections a step" if key == "injections" else f"{key} accuracy, held out"
-        print("\n" + chart(title, results, key))
+    print("\n" + chart("hard accuracy, held out", results, "hard"))
+    print("\n" + chart("general accuracy, held out", results, "general"))
+    print("\n" + chart("injections a step", results, "injections"))
     print("\ncompletions before training and after:")
-    firsts = {}
-    for result in results:
-        firsts.setdefault(result["summary"]["method"], result["examples"])
     for i, (problem, before, _) in enumerate(results[0]["examples"]):
         print(f"  {problem['question']}   (answer: {problem['answer']})")
         print(f"    {'before':12} {before}")
-        for name, examples in firsts.items():
-            print(f"    {name:12} {examples[i][2]}")
-    print("\n" + table([result["summary"] for result in results]))
+        for name, runs in by_method(results).items():
+            print(f"    {name:12} {runs[0]['examples'][i][2]}")
+    print("\n" + table(results))
 
 
 # ------------------------------------------------------------------------------ the command line
 
 
 def main(argv=None):
-    """Trains the methods asked for, shows and saves the results; Ctrl-C shows what is finished."""
+    """Trains the methods asked for, shows and saves the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="a real model, for the realms: folder or hub name")
     parser.add_argument("--methods", nargs="+", default=["grpo", "repo"], choices=METHODS)
@@ -497,31 +503,26 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps is {args.steps}; it must be at least 1")
-    methods = list(METHODS) if args.compare else args.methods
-    seeds = [0, 1, 2] if args.compare else args.seeds
+    if args.compare:
+        args.methods, args.seeds = METHODS, [0, 1, 2]
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
     start, results = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for world_seed in args.world_seed:
-                if args.model:
-                    world = realms(world_seed, args.model)
-                else:
-                    world = codebooks(world_seed, Path(folder), args.device)
-                for name in methods:
-                    for seed in seeds:
-                        result = run(world, name, seed, args.steps or world.steps, args.device)
-                        summary = result["summary"]
-                        summary["world_seed"] = world_seed
-                        results.append(result)
-                        found = [f"{kind} {summary[kind]:.2f}" for kind in world.held_out]
-                        print(f"world {world_seed}, {name}, seed {seed}:", ", ".join(found))
-        except KeyboardInterrupt:
-            print(f"\nstopped after {len(results)} finished runs")
-    if results:
-        report(results)
+        for world_seed in args.world_seed:
+            if args.model:
+                world = realms(world_seed, args.model)
+            else:
+                world = codebooks(world_seed, Path(folder), args.device)
+            for name, seed in itertools.product(args.methods, args.seeds):
+                result = run(world, name, seed, args.steps or world.steps, args.device)
+                results.append(result)
+                summary = result["summary"]
+                summary["world_seed"] = world_seed
+                found = [f"{kind} {summary[kind]:.2f}" for kind in world.held_out]
+                print(f"world {world_seed}, {name}, seed {seed}:", ", ".join(found))
+    report(results)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(m) + "\n" for result in results for m in result["history"]]
