@@ -37,7 +37,6 @@ from typing import Literal
 import torch
 from datasets import load_dataset
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 
@@ -90,7 +89,9 @@ class Config:
     learning_rate: float = setting(1e-6, "1e-6 (paper); constant, in AdamW without decay (ours)")
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm (ours)")
     micro_batch_tokens: int = setting(
-        16384, "tokens, padding included, in one forward and backward pass; memory only (ours)"
+        8192,
+        "tokens, padding included, in one pass of the update; changes nothing but memory, which "
+        "peaks at about 16 bytes x vocabulary a token (ours)",
     )
     question_prompt: str = setting(QUESTION_PROMPT, "the plain question q as a user's turn (ours)")
     rephrase_prompt: str = setting(REPHRASE_PROMPT, "P(q,k) as a user's turn (ours)")
@@ -108,7 +109,7 @@ class Config:
                             "group, 0 to 1")
         if not 0 < self.fail_threshold <= 1:
             raise RepoError(f"fail_threshold is {self.fail_threshold}; it must be above 0 and at "
-                            "most 1, or a reward of 0 or 1 always passes or always fails")
+                            "most 1, to tell a reward of 0 from a reward of 1")
 
 
 @dataclass
@@ -134,11 +135,12 @@ def fill(template: str, problem: dict) -> str:
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of the user's turn `text`, up to where the assistant's answer begins.
 
-    Control tokens that the text spells out stay text (needs transformers 5.23). A thinking model
-    is asked not to think (ours): o_rep has no thoughts, and would teach to leave them out.
+    Control tokens that the text spells out stay text: `sanitize_control_tokens`, which transformers
+    before 5.23 silently ignores. A thinking model is asked not to think (ours): o_rep has no
+    thoughts, and would teach to leave them out.
     Errors: RepoError if the chat template opens a block of thoughts all the same.
     """
-    if not tokenizer.chat_template:  # a base model; after a line break no answer begins in a blank
+    if not tokenizer.chat_template:  # a base model; the line break keeps a blank off the answer
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append EOS
     chat = [{"role": "user", "content": text}]
@@ -154,15 +156,18 @@ def end_tokens(model, tokenizer) -> list[int]:
     """The ids that end a completion; the first is what the chat template writes after an answer.
 
     That is `<end_of_turn>` for Gemma and `<|end|>` for Phi, where the tokenizer's EOS is another.
+    To find it, an answer of 42 is put through the template.
     """
-    ends = [tokenizer.eos_token_id]
+    ends = []
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "42"}]
         after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("42")[2]
         after = tokenizer(after, add_special_tokens=False).input_ids
-        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1] + ends
-    configured = model.generation_config.eos_token_id
-    return ends + (configured if isinstance(configured, list) else [configured])
+        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1]
+    configured = model.generation_config.eos_token_id  # an id, several or None
+    ends += [tokenizer.eos_token_id]
+    ends += configured if isinstance(configured, list) else [configured]
+    return [i for i in ends if i is not None]
 
 
 def pad(rows, side, device):
@@ -195,32 +200,32 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # of the real tokens: 0, 1, 2, ...
     cache = None
-    rows = list(range(len(prompts) * num_samples))  # the completions that are still being written
-    tokens = [[] for _ in rows]
-    logps = [[] for _ in rows]
+    completions = [([], []) for _ in range(len(prompts) * num_samples)]  # token ids, log π
+    rows = completions  # those that are still being written
 
     with autocast(model):
         for t in range(max_new_tokens):
             output = model(inputs, attention_mask=mask, position_ids=positions, cache=cache,
-                           use_cache=True, logits_to_keep=1)
+                           use_cache=True, logits_to_keep=1)  # past_key_values is now cache
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
             cache = output.get("cache")
             if not hasattr(cache, "reorder_cache"):
                 raise RepoError(f"{type(model).__name__} keeps no cache whose rows can be "
                                 "rearranged; use another model")
-            if t == 0:  # each prompt has been read once: now its row is copied for each sample
-                copies = torch.tensor(rows, device=model.device) // num_samples
+            if t == 0:  # each prompt has been read once; now one copy of it for each sample
+                copies = torch.arange(len(prompts), device=model.device)
+                copies = copies.repeat_interleave(num_samples)  # 0 0 0 1 1 1 ...
                 cache.reorder_cache(copies)
                 logits, mask = logits[copies], mask[copies]
 
-            logp = (logits / (temperature or 1.0)).log_softmax(-1)  # [rows, V]
-            drawn = logp.exp().multinomial(1) if temperature else logp.argmax(-1, keepdim=True)
-            drawn_logp = logp.gather(1, drawn)  # [rows, 1]
-            for row, token, token_logp in zip(rows, drawn.tolist(), drawn_logp.tolist()):
-                tokens[row] += token
-                logps[row] += token_logp
+            policy = (logits / (temperature or 1.0)).log_softmax(-1)  # [rows, V]
+            drawn = policy.exp().multinomial(1) if temperature else policy.argmax(-1, keepdim=True)
+            drawn_logp = policy.gather(1, drawn)  # [rows, 1]
+            for (ids, logps), token, logp in zip(rows, drawn.tolist(), drawn_logp.tolist()):
+                ids.extend(token)
+                logps.extend(logp)
 
-            unfinished = [n for n, row in enumerate(rows) if tokens[row][-1] not in ends]
+            unfinished = [n for n, (ids, _) in enumerate(rows) if ids[-1] not in ends]
             if not unfinished:
                 break
             if len(unfinished) < len(rows):
@@ -231,7 +236,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
             inputs = drawn
             positions = mask.sum(1, keepdim=True)
             mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
-    return list(zip(tokens, logps))
+    return completions
 
 
 def generate(model, tokenizer, turns, num_samples, temperature, cfg) -> list[list[Rollout]]:
@@ -243,7 +248,8 @@ def generate(model, tokenizer, turns, num_samples, temperature, cfg) -> list[lis
     for i, (ids, logps) in enumerate(drawn):
         n = i // num_samples
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        groups[n].append(Rollout(prompts[n], ids, text, ids[-1] not in ends, logps))
+        truncated = ids[-1] not in ends
+        groups[n].append(Rollout(prompts[n], ids, text, truncated, sampler_logps=logps))
     return groups
 
 
@@ -274,10 +280,10 @@ CONTROL_TOKEN = re.compile(
 )
 META = re.compile(
     r"rephras|paraphras|(?:my|your) own words"
-    r"|(?:reference|expert|given|provided|original)(?:'s|’s)? (?:\w+ )?(?:solution|answer)\b"
-    r"(?! choice)"
+    r"|(?:reference|expert|provided)(?:'s|’s)? (?:\w+ )?(?:solution|answer)\b(?! choice)"
     r"|the reference(?! (?:angle|frame|point|line|level|group|value))"
-    r"|^\W*(?:sure|certainly|of course|understood)[!.]|here(?:'s|’s| is) (?:the|my) solution",
+    r"|^\W*(?:sure|certainly|of course|understood)[!.]"
+    r"|here(?:'s|’s| is) (?:the|my) solution",
     re.I,
 )
 
@@ -285,9 +291,9 @@ META = re.compile(
 def clean_rephrase(text: str) -> str:
     """The text without what betrays that it is a rephrase, to read as a direct answer to q.
 
-    Thoughts go; of control tokens spelled as text and what they separate, the first part stays; and
-    every sentence that speaks of the reference or of rephrasing goes, even one that holds the
-    answer. Deleting such text is the paper's; the patterns are ours, and know the usual wordings.
+    Thoughts go. Where control tokens are spelled as text, the first part between them stays. Every
+    sentence that speaks of the reference or of rephrasing goes, even if it holds the answer: then
+    the reward says no. To delete such text is the paper's; the patterns, usual wordings, are ours.
     """
     text = THOUGHTS.sub("", text)
     parts = [part for part in CONTROL_TOKEN.split(text) if part.strip()]
@@ -309,15 +315,17 @@ def as_rollout(tokenizer, problem, text, end, cfg) -> Rollout:
 def rephrase(model, tokenizer, problems, cfg) -> list[Rollout]:
     """Step 2: one o_rep ~ π_old(·|P(q,k)) a problem (Eq. 5), cleaned, as a completion of q.
 
-    Drawn at the rollouts' temperature (ours). It ends with its draft's last token if that is an end
-    token or if cleaning left no other; after a truncated draft it has no end.
+    Drawn at the rollouts' temperature (ours). The draft's end token closes it; a truncated draft
+    has none, and so its o_rep has none.
     """
     turns = [fill(cfg.rephrase_prompt, problem) for problem in problems]
     drafts = generate(model, tokenizer, turns, 1, cfg.temperature, cfg)
     rephrases = []
     for problem, (draft,) in zip(problems, drafts):
         text = clean_rephrase(draft.text)
-        end = [] if draft.truncated and text else draft.completion[-1:]
+        end = draft.completion[-1:]
+        if draft.truncated and text:  # an empty text keeps a token: no completion may be empty
+            end = []
         rephrases.append(as_rollout(tokenizer, problem, text, end, cfg))
     return rephrases
 
@@ -332,10 +340,11 @@ def gate_opens(rewards, fail_threshold, gate_threshold) -> bool:
 
 
 def replace_worst(group: list[Rollout], guide: Rollout) -> bool:
-    """Puts `guide` in the place of the group's lowest reward, the first among equals; True if so.
+    """Puts `guide` in the place of the group's lowest reward (paper); True if it did.
 
-    Only if its own reward is higher (ours). With rewards of 0 and 1, ρ = 1 and no KL term the rule
-    changes nothing, but with graded rewards a worse guide would make the failures look good.
+    The first among equals, and only if the guide's own reward is higher (both ours). With rewards
+    of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would join a group of zeros,
+    which has no advantages. With graded rewards a worse guide would make the failures look good.
     """
     worst = min(range(len(group)), key=lambda i: group[i].reward)
     if guide.reward <= group[worst].reward:
@@ -362,23 +371,25 @@ def group_advantages(rewards):
 def token_logps(model, rollouts, temperature):
     """log π_θ(o_t | q, o_<t) of every completion token, rollout after rollout: [Σ|o_i|], fp32.
 
-    Padding is on the right, where a causal model never looks. Two rows as an example:
+    Padding is on the right, where a causal model never looks. The logits at a place predict the
+    token at the next one, so those before the end of the shortest prompt are not needed. Here
+    `first` is 1, and the targets are at places 1 to 3:
 
-        prompt a b, completion C D     ids  a b C D     logits at b C   predict C D
-        prompt e,   completion F       ids  e F . .     logits at e     predict F
-
-    Logits are needed from the last token of the shortest prompt on, but for the very last place.
+        place                           0 1 2 3
+        prompt a b, completion C D      a b C D     the logits at places 1 and 2 predict C and D
+        prompt e,   completion F        e F . .     the logits at place 0 predict F
     """
     ids = pad([r.prompt + r.completion for r in rollouts], "right", model.device)  # [B, L]
     roles = [[0] * len(r.prompt) + [1] * len(r.completion) for r in rollouts]
     first = min(len(r.prompt) for r in rollouts)  # the first place that can hold a completion
+    targets = ids[:, first:]  # [B, L - first]
     is_completion = pad(roles, "right", model.device)[:, first:].bool()  # [B, L - first]
-    needed = is_completion.shape[1]
+    needed = targets.shape[1]
     with autocast(model):
         output = model(ids[:, :-1], use_cache=False, logits_to_keep=needed)
-    logits = output.logits[:, -needed:]  # [B, needed, V]; some models keep all places
-    logp = (logits[is_completion].float() / temperature).log_softmax(-1)  # [Σ|o_i|, V]
-    return logp.gather(1, ids[:, first:][is_completion][:, None])[:, 0]
+    logits = output.logits[:, -needed:]  # [B, L - first, V]; some models keep all places
+    logits = logits[is_completion].float() / temperature  # [Σ|o_i|, V]
+    return -torch.nn.functional.cross_entropy(logits, targets[is_completion], reduction="none")
 
 
 def policy_loss(logps, old_logps, advantages, weights, clip_epsilon):
@@ -406,9 +417,8 @@ def mean(values):
 
 
 def micro_batches(rollouts, indices, max_tokens) -> list[list[int]]:
-    """The indices in batches of rollouts that have at most `max_tokens`, padding included.
-
-    The longest come first, so that memory runs out at once or never.
+    """The indices in batches of rollouts with at most `max_tokens`, padding included; a longer
+    rollout is a batch of its own. The longest come first: memory runs out at once or never.
     """
     sizes = {i: len(rollouts[i].prompt) + len(rollouts[i].completion) for i in indices}
     order = sorted(sizes, key=sizes.get, reverse=True)
@@ -445,26 +455,26 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
     advantages = group_advantages(rewards).flatten().to(model.device)  # [N]
     rollouts = [r for group in groups for r in group]
     lengths = torch.tensor([len(r.completion) for r in rollouts], device=model.device)  # [N]
-    weights = 1 / (len(rollouts) * lengths)  # [N], of each token: mean of each o_i, then of all
+    weights = 1 / (len(rollouts) * lengths)  # [N], of each token: 1/G Σ_i 1/|o_i| Σ_t (paper)
 
     # The weights are fixed now: neither leaving out rollouts that have no gradient nor cutting the
     # rest into micro-batches can change the sum.
     trained = [i for i, advantage in enumerate(advantages.tolist()) if advantage or cfg.kl_beta]
     batches = micro_batches(rollouts, trained, cfg.micro_batch_tokens)
 
-    old_logps = {}
-    losses, kls, norms, clipped, sampler_diffs = [], [], [], [], []
-    for _ in range(cfg.updates_per_batch if batches else 0):
+    old_logps, losses, kls, norms, clipped, sampler_diffs = [], [], [], [], [], []
+    for epoch in range(cfg.updates_per_batch if batches else 0):
         for n, batch in enumerate(batches):
             part = [rollouts[i] for i in batch]
             logps = token_logps(model, part, cfg.temperature)  # [T]
-            # π_old(·|q) is the first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
-            # (ours): it costs nothing, and no other code path can disturb the ratio.
-            old = old_logps.setdefault(n, logps.detach())
-            sampler_diffs.append(sampler_diff(part, old))
+            if epoch == 0:
+                # π_old(·|q) is this first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
+                # (ours): it costs nothing, and no other code path can disturb the ratio.
+                old_logps.append(logps.detach())
+                sampler_diffs.append(sampler_diff(part, old_logps[n]))
             token_advantages = advantages[batch].repeat_interleave(lengths[batch])  # [T]
             token_weights = weights[batch].repeat_interleave(lengths[batch])  # [T]
-            loss, is_clipped = policy_loss(logps, old, token_advantages, token_weights,
+            loss, is_clipped = policy_loss(logps, old_logps[n], token_advantages, token_weights,
                                            cfg.clip_epsilon)
             if cfg.kl_beta:
                 with torch.no_grad():
@@ -494,7 +504,7 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
 
 @torch.no_grad()
 def mean_logp(model, rollouts, cfg):
-    """The policy gap: log π(o_t | q, o_<t) of these texts, mean over all tokens, in nats."""
+    """The mean over all tokens of log π(o_t | q, o_<t), in nats: how likely are these texts?"""
     logps = []
     for batch in micro_batches(rollouts, range(len(rollouts)), cfg.micro_batch_tokens):
         logps += token_logps(model, [rollouts[i] for i in batch], cfg.temperature).tolist()
@@ -532,13 +542,14 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     if failed and cfg.guidance == "rephrase":
         rephrases = rephrase(model, tokenizer, failed, cfg)
     guides = experts if cfg.guidance == "verbatim" else rephrases
-    gaps = {  # how far from π(·|q) is each text? Measured before the update
+    own = [r for n in opened for r in groups[n]]
+    policy_gap = {  # log-probabilities under q, for the failed problems: compare with the rollouts'
         "policy_gap/expert": mean_logp(model, experts, cfg),
         "policy_gap/rephrase": mean_logp(model, rephrases, cfg),
-        "policy_gap/rollout": mean(logp for r in sampled for logp in r.sampler_logps),
+        "policy_gap/rollout": mean(logp for r in own for logp in r.sampler_logps),
     }
 
-    # 3. Injection, second half: the replacement.
+    # 3. Injection, second half: the replacement. Plain GRPO has no guides, so nothing happens.
     injections = 0
     for n, guide in zip(opened, guides):
         guide.reward = checked_reward(reward_fn, guide.text, problems[n])
@@ -553,9 +564,9 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
         "reward": mean(r.reward for r in sampled),
         "fail_rate": mean(r.reward < cfg.fail_threshold for r in sampled),
         "injections": injections,
-        "rephrase_success": mean(guide.reward >= cfg.fail_threshold for guide in guides),
-        **gaps,
-        "entropy": -gaps["policy_gap/rollout"],  # as estimated by the samples, nats a token
+        "rephrase_success": mean(r.reward >= cfg.fail_threshold for r in rephrases),
+        **policy_gap,
+        "entropy": -mean(logp for r in sampled for logp in r.sampler_logps),  # estimated, in nats
         "frac_reward_zero_std": mean(len({r.reward for r in group}) == 1 for group in groups),
         "completions/mean_length": mean(len(r.completion) for r in sampled),
         "completions/clipped_ratio": mean(r.truncated for r in sampled),
@@ -579,17 +590,24 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
 
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
 
-SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,!])(?=\d{3})")  # 1{,}000 and 1\,000
-TYPOGRAPHY = re.compile(r"\\(?:left|right)(?![a-z])|\\[,;:!$% ]|[$%°~]|\^\\circ|\^\{\\circ\}")
-TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\{([^{}]*)\}")
-UNIT = r"\\(?:text|mathrm|mbox)\{[^{}\d]*\}(?:\^\{?[23]\}?)?"
 NUMBER = (  # 12, 1,200, 1.5, .5 or 3/4, but not 1,20
-    r"[+-]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*)"
+    r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
+    r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
 )
-MEASURE = re.compile(rf"({NUMBER}){UNIT}", re.ASCII)
-FRACTION = re.compile(
-    rf"^([+-]?)\\[dt]?frac\{{(-?[\w.\\]+)\}}\{{(\d+|[a-z]|\\[a-z]+)\}}(?=(?:{UNIT})?$)"
-)
+UNIT = r"\\(?:text|mathrm|mbox)\{[^{}0-9]*\}(?:\^\{?[23]\}?)?"
+REWRITES = [  # pattern, replacement: one after the other
+    ("−", "-"),
+    (r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})", ","),  # 1{,}000 and 1\,000
+    (r"\\(?:left|right)(?![a-z])|\\[,;:!$% ]|[$%°~]|\^\\circ|\^\{\\circ\}", " "),
+    (r"\s+", " "),
+    (r" ?([^\w ,]) ?", r"\1"),  # blanks around signs
+    (r"\.$", ""),
+    (r"^\\?[a-zA-Z]\w*=", ""),  # x =
+    (r"^\{+([^{}]*)\}+$", r"\1"),
+    (rf"^([+-]?)\\[dt]?frac\{{(-?[\w.\\]+)\}}\{{([0-9]+|\\?[a-z]+)\}}(?=(?:{UNIT})?$)", r"\1\2/\3"),
+    (rf"^({NUMBER}){UNIT}$", r"\1"),
+    (r"\\(?:text|mathrm|textbf|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
+]
 
 
 def last_boxed(text: str) -> str | None:
@@ -605,23 +623,13 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> Fraction | str:
-    r"""An exact number, or else text without typography; 2+2 is text, as nothing is evaluated.
-
-    Typography: `$`, `%`, degrees, `\left`, thin spaces, `\text{..}` around an answer, or as a unit
-    behind a number, `x =` before it, braces around it, the commas in 1,000, spaces around signs,
-    capital letters of words.
-    """
-    answer = SEPARATOR.sub(",", answer.replace("−", "-"))
-    answer = " ".join(TYPOGRAPHY.sub(" ", answer).split())
-    answer = re.sub(r" ?([^\w ,]) ?", r"\1", answer).removesuffix(".")
-    answer = re.sub(r"^\\?[a-zA-Z]\w*=", "", answer)
-    answer = re.sub(r"^\{+([^{}]*)\}+$", r"\1", answer)
-    answer = FRACTION.sub(r"\1\2/\3", answer)
-    measure = MEASURE.fullmatch(answer)
-    answer = measure[1] if measure else TEXT.sub(r" \1 ", answer).strip()
-    if re.fullmatch(NUMBER, answer, re.ASCII) and len(answer) < 1000:
+    r"""An exact number, or else text without typography; 2+2 is text, as nothing is evaluated."""
+    for pattern, replacement in REWRITES:
+        answer = re.sub(pattern, replacement, answer.strip())
+    answer = answer.strip()
+    if re.fullmatch(NUMBER, answer) and len(answer) < 1000:
         return Fraction(answer.replace(",", ""))
-    answer = ",".join(part.strip() for part in answer.split(","))
+    answer = re.sub(" ?, ?", ",", answer)
     return answer.casefold() if re.fullmatch("[a-zA-Z ]{2,}", answer) else answer
 
 
@@ -631,7 +639,7 @@ def boxed_reward(completion: str, answer: str) -> float:
     When in doubt 0.0: a false "right" teaches a mistake, a false "wrong" only misses a chance.
     """
     box = last_boxed(completion)
-    return float(box is not None and normalise(box) == normalise(answer) != "")
+    return float(bool(box) and normalise(box) == normalise(answer))
 
 
 # --------------------------------------- the command line: a real model, real data, one device
@@ -651,7 +659,7 @@ class Run:
     knowledge_column: str = setting("answer", "column of the expert's solution")
     answer_column: str = setting("answer", "column of the answer, bare, boxed or after ####")
     steps: int = setting(100, "training steps")
-    save_every: int = setting(50, "steps between checkpoints, each with a look at completions")
+    save_every: int = setting(50, "steps between checkpoints")
     resume: bool = setting(False, "go on from the checkpoint in --out")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, cuda:1, cpu ...")
 
@@ -690,8 +698,9 @@ def load_problems(run: Run, split: str) -> list[dict]:
         question = str(record[run.question_column] or "").strip()
         knowledge = in_box(record[run.knowledge_column])
         answer = in_box(record[run.answer_column])
-        if run.answer_column == run.knowledge_column or last_boxed(answer):
-            answer = last_boxed(answer)
+        boxed = last_boxed(answer)
+        if boxed or run.answer_column == run.knowledge_column:  # of a solution only the box counts
+            answer = boxed
         if question and knowledge and answer:
             problems.append(dict(question=question, knowledge=knowledge, answer=answer))
     print(f"{len(problems)} of {len(data)} records have question, knowledge and answer")
@@ -716,8 +725,9 @@ def check_lengths(problems, model, tokenizer, cfg):
 
 def draw_batch(problems, step, cfg) -> list[dict]:
     """The problems of a step; also seeds its sampling. Both depend on seed and step alone, so a
-    resumed run needs no random state to equal one that was never stopped. The next step draws anew
-    from all problems."""
+    resumed run needs no random state to equal one that was never stopped. Each step draws from all
+    problems, without epochs (ours).
+    """
     draw = random.Random(f"{cfg.seed} {step}")
     torch.manual_seed(draw.getrandbits(32))
     return draw.sample(problems, min(cfg.batch_size, len(problems)))
@@ -753,15 +763,16 @@ def load_checkpoint(file, model, optimizer, settings) -> list[str]:
 def train(run: Run, cfg: Config):
     """The run of the command line. Errors: RepoError if --out holds a run and not --resume."""
     out = Path(run.out)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not run.resume:
+    checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
+    used = checkpoint.exists() or metrics_file.exists() and metrics_file.read_text()
+    if used and not run.resume:
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
     model, tokenizer = load_model(run.model, run.device)
     reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
     check_lengths(problems + held_out, model, tokenizer, cfg)
-    before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)
+    before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume
 
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0.0,
                                   fused=True)
@@ -770,24 +781,18 @@ def train(run: Run, cfg: Config):
     if checkpoint.exists():
         log = load_checkpoint(checkpoint, model, optimizer, settings)
     out.mkdir(parents=True, exist_ok=True)
-    metrics_file = out / "metrics.jsonl"
     metrics_file.write_text("".join(log))  # a killed run may be past its checkpoint
 
     for step in range(len(log), run.steps):
-        if step % run.save_every == 0:
-            save_checkpoint(checkpoint, log, model, optimizer, settings)
         batch = draw_batch(problems, step, cfg)
-        metrics, groups, guides = train_step(model, tokenizer, optimizer, batch, cfg, boxed_reward,
-                                             reference)
+        metrics, _, _ = train_step(model, tokenizer, optimizer, batch, cfg, boxed_reward, reference)
         log.append(json.dumps({"step": step, **metrics}) + "\n")
         with metrics_file.open("a") as file:
             file.write(log[-1])
         print(f"step {step}: reward {metrics['reward']:.3f}, {metrics['injections']} injections")
-        if step % run.save_every == 0:
-            for shown in groups[0][-1:] + guides[:1]:
-                print(f"--- reward {shown.reward:g}:\n{shown.text}")
+        if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+            save_checkpoint(checkpoint, log, model, optimizer, settings)
 
-    save_checkpoint(checkpoint, log, model, optimizer, settings)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     after = accuracy(model, tokenizer, held_out, cfg, boxed_reward)

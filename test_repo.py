@@ -271,32 +271,12 @@ LINEAR = dict(
     linear_num_key_heads=2,
     linear_num_value_heads=4,
 )
-MAMBA = dict(
-    mamba_n_heads=4,
-    mamba_d_head=8,
-    mamba_d_ssm=32,
-    mamba_d_state=8,
-    mamba_chunk_size=8,
-)
-SHARED = dict(
-    num_kv_shared_layers=2,
-    hidden_size_per_layer_input=8,
-    vocab_size_per_layer_input=40,
-)
 FAMILIES = {
     "llama": {},
     "gemma2": dict(sliding_window=4),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),  # learned positions
     "lfm2": dict(layer_types=["conv", "full_attention"]),
     "qwen3_5_text": dict(LINEAR, num_hidden_layers=4),  # linear attention
-    "falcon_h1": MAMBA,
-    "gemma4_text": dict(
-        SHARED,
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=4,
-        global_head_dim=8,
-    ),
 }
 
 
@@ -389,16 +369,12 @@ def test_loss_and_gradient_against_numpy_for_both_signs_and_both_sides_of_the_cl
 
 def test_kl_is_the_k3_estimator():
     logps = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    reference = torch.tensor([-1.5, -1.0, -0.5])
     weights = torch.tensor([0.5, 0.25, 0.25])
-    value = repo.kl_loss(logps, reference, weights)
+    value = repo.kl_loss(logps, torch.tensor([-1.5, -1.0, -0.5]), weights)
     value.backward()
-    d = np.array([-0.5, 1.0, 0.0])
-    expected = (weights.numpy() * (np.exp(d) - d - 1)).sum()
-    np.testing.assert_allclose(value.item(), expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        logps.grad, weights.numpy() * (1 - np.exp(d)), atol=1e-6
-    )
+    d = torch.tensor([-0.5, 1.0, 0.0])
+    torch.testing.assert_close(value, (weights * (d.exp() - d - 1)).sum())
+    torch.testing.assert_close(logps.grad, weights * (1 - d.exp()))
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 60, 25, 1])
@@ -841,29 +817,21 @@ def test_cleaning_leaves_a_direct_answer(text, cleaned):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A checkpoint as save_pretrained writes it, and GSM8K-shaped data."""
-    folder = tmp_path_factory.mktemp("files")
-    tokenizer, draw = byte_tokenizer(), random.Random(0)
-    model = tiny_model(vocab=len(tokenizer), max_position_embeddings=1024)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    cfg, end = replace(CFG, question_prompt="{question}"), [tokenizer.eos_token_id]
-    for _ in range(60):  # it boxes some digit: some rollouts are right, some wrong
-        texts = [f"\\boxed{{{draw.randrange(10)}}}" for _ in range(16)]
-        question = f"What is {draw.randrange(9)}+{draw.randrange(9)}?"
-        problem = dict(question=question, knowledge="")
-        batch = [
-            repo.as_rollout(tokenizer, problem, text, end, cfg) for text in texts
-        ]
-        loss = -repo.token_logps(model, batch, 1.0).mean()
-        run_tiny.descend(model, optimizer, loss, 1e9)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+def world(tmp_path_factory):
+    return run_tiny.codebooks(0, tmp_path_factory.mktemp("world"), DEVICE)
+
+
+@pytest.fixture(scope="module")
+def files(world, tmp_path_factory):
+    """The miniature's base policy, as save_pretrained wrote it, and GSM8K-shaped data for it."""
     rows = []
-    for i in range(5):
-        solution = f"It is <<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}"
-        rows.append(dict(question=f"What is {i}+{i}?", answer=solution))
+    for problem in world.problems[:5]:
+        steps = problem["knowledge"].partition("\\boxed")[0]
+        solution = f"<<1+1=2>>{steps}#### {problem['answer']}"
+        rows.append(dict(question=problem["question"], answer=solution))
+    folder = tmp_path_factory.mktemp("files")
     write_rows(folder / "data.jsonl", rows)
+    (folder / "model").symlink_to(world.model)
     return folder
 
 
@@ -880,12 +848,11 @@ def flags(files, out, **changes):
         steps=4,
         batch_size=4,
         group_size=4,
-        max_new_tokens=12,
+        max_new_tokens=20,
         learning_rate=1e-3,
         device="cpu",
         question_prompt="{question}",
-        rephrase_prompt="{question} {knowledge}",
-        gate_threshold=0.5,
+        rephrase_prompt="{question}?{knowledge}",
     )
     argv = []
     for name, value in {**settings, **changes}.items():
@@ -915,9 +882,9 @@ def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, tmp_path, caps
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary) == {"accuracy_before", "accuracy_after"}
     shown = capsys.readouterr().out
-    assert "step 3: reward" in shown and "--- reward" in shown
+    assert "step 3: reward" in shown
     model, tokenizer = repo.load_model(str(tmp_path / "model"), "cpu")
-    assert model.dtype == torch.float32 and tokenizer.chat_template == CHAT
+    assert model.dtype == torch.float32 and tokenizer.chat_template
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(files, tmp_path):
@@ -992,7 +959,7 @@ def test_a_used_folder_and_changed_settings_are_refused(files, tmp_path):
     [
         (dict(question_column="problem"), "no column 'problem', but .'question', 'answer'"),
         (dict(group_size=1), "group_size is 1; it must be"),
-        (dict(max_new_tokens=1020), "1020 do not fit the model's context of 1024"),
+        (dict(max_new_tokens=50), "50 do not fit the model's context of 64"),
         (
             dict(answer_column="question", knowledge_column="question"),
             "no usable rec",
@@ -1030,24 +997,26 @@ def test_every_file_format_and_own_columns(suffix, tmp_path):
     assert problems[1] == dict(question="#### b?", knowledge="since b", answer="0")
 
 
-def test_records_without_an_answer_are_left_out_and_counted(files, tmp_path, capsys):
+def test_records_without_an_answer_are_left_out_and_counted(tmp_path, capsys):
     answers = ["no mark", "so\n#### 4", "####  ", None, "so \\boxed{7}"]
     file = tmp_path / "d.jsonl"
     write_rows(file, [dict(question="q?", answer=answer) for answer in answers])
     problems = repo.load_problems(repo.Run("m", str(file), "o"), "train")
     assert [p["answer"] for p in problems] == ["4", "7"]
     assert "2 of 5 records" in capsys.readouterr().out
-    gsm8k = repo.Run("m", str(files / "data.jsonl"), "o")
-    (problem,) = repo.load_problems(gsm8k, "train[3:4]")
-    knowledge = "It is 6.\n\\boxed{6}"
-    assert problem == dict(question="What is 3+3?", knowledge=knowledge, answer="6")
+
+
+def test_gsm8k_experts_are_right_and_lose_their_calculator_marks(files, world):
+    run = repo.Run("m", str(files / "data.jsonl"), "o")
+    (problem,) = repo.load_problems(run, "train[3:4]")
+    assert problem["answer"] == world.problems[3]["answer"]
+    assert "<<" not in problem["knowledge"]
     assert repo.boxed_reward(problem["knowledge"], problem["answer"]) == 1
 
 
-def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth(files, tmp_path):
-    model, tokenizer = repo.load_model(str(files / "model"), "cpu")
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
     model, _ = repo.load_model(str(tmp_path), DEVICE)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
@@ -1057,11 +1026,6 @@ def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth(files, tmp_
 
 
 # -------------------------------------------------------------------------------------- run_tiny
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return run_tiny.codebooks(0, tmp_path_factory.mktemp("world"), DEVICE)
 
 
 def test_the_headline_of_the_miniature(world):
@@ -1115,13 +1079,15 @@ def test_the_reward_of_the_realms_takes_a_sentence_and_nothing_degenerate():
 
 
 def test_the_command_shows_charts_completions_and_a_table_and_writes_both_files(
-    files, tmp_path, capsys
+    tmp_path, capsys
 ):
     """The world of realms on a random tiny model, two steps a method; no download."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
     argv = "--methods repo verbatim --steps 2 --world-seed 3 --device".split() + [
         DEVICE
     ]
-    run_tiny.main(["--model", str(files / "model"), "--out", str(tmp_path), *argv])
+    run_tiny.main(["--model", str(tmp_path), "--out", str(tmp_path), *argv])
     shown = capsys.readouterr().out
     for part in (
         "hard accuracy",
