@@ -275,15 +275,16 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
 # ----------------------------------------------------------------------------------- 2. rephrase
 
 THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.S)
-CONTROL_TOKEN = re.compile(
-    r"<[|｜][^<>|｜\n]{1,40}[|｜]>(?:assistant\n)?|</?s>|<(?:start|end)_of_turn>"
+CONTROL_TOKEN = re.compile(  # <|im_start|>assistant, </s>, <end_of_turn> ...
+    r"(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
 )
 META = re.compile(
-    r"rephras|paraphras|(?:my|your) own words"
-    r"|(?:reference|expert|provided)(?:'s|’s)? (?:\w+ )?(?:solution|answer)\b(?! choice)"
-    r"|the reference(?! (?:angle|frame|point|line|level|group|value))"
+    r"rephras|paraphras|(?:my|your) own words|\banew\b"
+    r"|(?:reference|expert|(?:the|your) provided)(?:'s|’s)? (?:\w+ )?(?:solution|answer)\b"
+    r"(?! choice)"
+    r"|the reference\b(?! (?:angle|frame|point|line|level|group|value|triangle|number|circle)s?\b)"
     r"|^\W*(?:sure|certainly|of course|understood)[!.]"
-    r"|here(?:'s|’s| is) (?:the|my) solution",
+    r"|here(?:'s|’s| is) (?:an?|the|my)(?: [\w-]+){0,2} solution\b(?! set)",
     re.I,
 )
 
@@ -594,17 +595,22 @@ NUMBER = (  # 12, 1,200, 1.5, .5 or 3/4, but not 1,20
     r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
     r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
 )
-UNIT = r"\\(?:text|mathrm|mbox)\{[^{}0-9]*\}(?:\^\{?[23]\}?)?"
+UNIT = (  # \text{ cm}^2, but neither a constant nor a conjunction
+    r"\\(?:text|mathrm|mbox)\{ ?(?!(?:[eix]|pi|or|and|to)\b)[a-zA-Z][a-zA-Z ./²³-]*\}"
+    r"(?:\^\{?[23]\}?)?"
+)
 REWRITES = [  # pattern, replacement: one after the other
     ("−", "-"),
     (r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})", ","),  # 1{,}000 and 1\,000
-    (r"\\(?:left|right)(?![a-z])|\\[,;:!$% ]|[$%°~]|\^\\circ|\^\{\\circ\}", " "),
+    (r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\[,;:!$% ]|[$~]", " "),
+    (r"[%°]|\^ ?\\circ|\^ ?\{\\circ\}|\\degree", " "),
     (r"\s+", " "),
-    (r" ?([^\w ,]) ?", r"\1"),  # blanks around signs
+    (r" ?([^\w ,.]) ?", r"\1"),  # blanks around signs
     (r"\.$", ""),
-    (r"^\\?[a-zA-Z]\w*=", ""),  # x =
-    (r"^\{+([^{}]*)\}+$", r"\1"),
-    (rf"^([+-]?)\\[dt]?frac\{{(-?[\w.\\]+)\}}\{{([0-9]+|\\?[a-z]+)\}}(?=(?:{UNIT})?$)", r"\1\2/\3"),
+    (r"^\\?(?!not=)[a-zA-Z]\w*=", ""),  # x =
+    (r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$", r"\1"),
+    (r"\\[dt]frac", r"\\frac"),
+    (rf"^([+-]?)\\frac\{{(-?[\w.\\]+)\}}\{{([0-9]+|[a-z]|\\[a-z]+)\}}(?=(?:{UNIT})?$)", r"\1\2/\3"),
     (rf"^({NUMBER}){UNIT}$", r"\1"),
     (r"\\(?:text|mathrm|textbf|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
 ]
@@ -638,8 +644,8 @@ def boxed_reward(completion: str, answer: str) -> float:
 
     When in doubt 0.0: a false "right" teaches a mistake, a false "wrong" only misses a chance.
     """
-    box = last_boxed(completion)
-    return float(bool(box) and normalise(box) == normalise(answer))
+    box = normalise(last_boxed(completion) or "")
+    return float(box != "" and box == normalise(answer))
 
 
 # --------------------------------------- the command line: a real model, real data, one device

@@ -311,10 +311,13 @@ def test_sampler_and_trainer_agree_on_unlike_models_in_batches_of_unequal_prompt
 
 
 @pytest.mark.parametrize("kind", ["mamba", "rwkv"])
-def test_a_model_without_a_cache_to_rearrange_is_refused(kind):
+def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_trained(kind):
+    """Without a cache at once; with one that goes wrong by the log-probabilities."""
     model = tiny_model(kind, scale=3.0)
+    weights = [p.clone() for p in model.parameters()]
     with pytest.raises(RepoError, match="cache whose rows can"):
         step(CFG, reward_fn=lambda text, answer: len(set(text)), model=model)
+    assert all(map(torch.equal, weights, model.parameters()))
 
 
 # ------------------------------------------------------------ advantages, log-probabilities, loss
@@ -442,23 +445,6 @@ def test_dropout_and_train_mode_do_not_move_the_ratio():
     assert metrics["clip_ratio"] == 0
 
 
-def test_a_model_that_ignores_the_mask_is_refused_before_it_is_trained():
-    model = tiny_model(scale=6.0)
-    forward = model.forward
-
-    def deaf(ids, attention_mask=None, position_ids=None, **rest):
-        return forward(ids, **rest)
-
-    model.forward = deaf
-    longer = dict(PROBLEMS[1], question="How many apples are on this table?")
-    weights = [p.clone() for p in model.parameters()]
-    with pytest.raises(
-        RepoError, match="nats apart .* ignores positions or attention"
-    ):
-        step(CFG, [PROBLEMS[0], longer], lambda text, answer: len(set(text)), model)
-    assert all(map(torch.equal, weights, model.parameters()))
-
-
 def test_later_updates_use_the_first_passes_log_probabilities():
     model = tiny_model(scale=2.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -472,10 +458,8 @@ def test_the_kl_term_pulls_toward_the_reference_also_without_any_advantage():
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     groups = random_groups()[-1:]
     cfg = replace(CFG, kl_beta=1.0)
-    first = repo.update(model, optimizer, groups, cfg, reference)["kl"]
-    for _ in range(14):
-        last = repo.update(model, optimizer, groups, cfg, reference)["kl"]
-    assert last < 0.5 * first
+    kls = [repo.update(model, optimizer, groups, cfg, reference)["kl"] for _ in range(15)]
+    assert kls[-1] < 0.5 * kls[0]
     with pytest.raises(RepoError, match="kl_beta is 1.0 and there is no reference"):
         step(cfg)
 
@@ -696,11 +680,12 @@ def test_accuracy_is_the_share_of_right_greedy_answers(scripted, monkeypatch):
 
 BOXES = {  # gold answer: (right in a box, wrong in a box)
     "42": (
-        ["42", "{42}", "$42$", "42.", "42.0", "\\frac{84}{2}", "42\\%", "x = 42"]
-        + ["42\\text{ cm}", "42~\\text{cm}^2", "\\text{42}", "\\$42", "42^\\circ"]
-        + ["\\left42\\right"],
-        ["42 or 43", "42\\text{ or 43}", "2+40", "-42", "4 2", "42, 43", "42x", ""]
-        + ["nan", "4\\,2", "4\\text{2}", "$4$2$"],
+        ["42", "$42$", "42.", "42.0", "\\frac{84}{2}", "42\\%", "x = 42"]
+        + ["42\\text{ cm}", "42~\\text{cm}^2", "\\text{42}", "\\$42", "42^ \\circ"]
+        + ["{{{42}}}"],
+        ["42 or 43", "42\\text{ or 43}", "2+40", "-42", "4 2", "42x", ""]
+        + ["nan", "4\\,2", "4\\text{2}", "42\\text{ or more}", "42\\mathrm{i}"]
+        + ["\\not=42"],
     ),
     "60": (["60\\%"], ["0.6"]),
     "1000": (
@@ -709,12 +694,14 @@ BOXES = {  # gold answer: (right in a box, wrong in a box)
     ),
     "123": (["123"], ["0,123"]),
     "0.75": (
-        ["3/4", "\\dfrac{3}{4}", ".75"],
-        ["4/3", "3/0", "\\frac{3}{4}5", "0,75"],
+        ["3/4", ".75"],
+        ["4/3", "3/0", "\\frac{3}{4}5", "0,75", "0 .75", "\\left.75\\right."],
     ),
-    "\\frac{\\pi}{2}": (["\\pi/2", "\\dfrac{\\pi}{2}"], ["\\pi", "\\frac{2}{\\pi}"]),
-    "x^2+1": (["x^2 + 1", "y=x^2+1"], ["x^2-1", "1+x^2", "X^2+1"]),
-    "(1, 2)": (["(1,2)", "\\left( 1, 2 \\right)"], ["(2, 1)", "12", "(1 2)"]),
+    "\\frac{\\pi}{2}": (["\\pi/2", "\\dfrac{\\pi}{2}"], ["\\frac{2}{\\pi}"]),
+    "x^{2}+1": (["x^{2} + 1", "{x^{2}+1}"], ["x^{2}-1", "1+x^{2}", "X^{2}+1"]),
+    "\\frac{1}{ab}": (["\\tfrac{1}{ab}"], ["1/ab"]),
+    "[1\\\\ 2]": (["[1\\\\2]"], ["[1 2]"]),
+    "(1, 2)": (["(1,2)", "\\left( 1, 2 \\right)"], ["(2, 1)", "(1 2)"]),
     "Paris": (["paris", "\\text{Paris}"], ["Paris or London"]),
     "nan": (["nan"], ["0"]),
     "-5": (["−5", "- 5", "-\\frac{10}{2}", "\\frac{-10}{2}"], ["5", "--5"]),
@@ -722,13 +709,12 @@ BOXES = {  # gold answer: (right in a box, wrong in a box)
 TEXTS = [  # whole completions, gold answer, reward
     ("the answer is 1, 2, 3, 4", "3", 0),
     ("\\boxed{3", "3", 0),
-    ("\\boxed{}", "", 0),
+    ("\\boxed{$~$}", "", 0),
     ("\\boxed{3} or \\boxed{4}", "3", 0),
     ("\\boxed{3} or \\boxed {4}", "3", 0),
     ("\\boxed{4}, no, \\boxed{3}, as 4 < 5.", "3", 1),
     ("\\boxed{3} \\boxed{4", "3", 0),
     ("\\boxed{\\boxed{3}}", "3", 1),
-    ("\\boxed{__import__('os')}", "3", 0),
     ("\\boxed{" + "9" * 5000 + "}", "9", 0),
 ]
 
@@ -739,7 +725,7 @@ def test_the_reward_is_the_contract():
         cases += [(f"So \\boxed{{{box}}}.", gold, 1) for box in right]
         cases += [(f"So \\boxed{{{box}}}.", gold, 0) for box in wrong]
     mistakes = [case for case in cases if repo.boxed_reward(*case[:2]) != case[2]]
-    assert not mistakes and 60 <= len(cases) <= 80
+    assert not mistakes
 
 
 PIECES = "\\boxed{ { } \\ $ , . - + % / ^ = 1 23 000 \\frac{1} \\text{ nan ٣ ½ x \x00 \ud800"
@@ -800,7 +786,12 @@ BODY = "We add 3.5 and 4.\n\nSo it is \\boxed{7.5}."
         ("As the reference solution shows, we add. " + BODY, BODY),
         ("We get 1. This matches the reference.\n" + BODY, "We get 1.\n" + BODY),
         ("The expert's answer is 7.\n" + BODY, BODY),
-        ("By the provided solution it is \\boxed{7}.", ""),
+        ("Now by the provided solution it is \\boxed{7}.", ""),
+        ("Here's a step-by-step solution:\n" + BODY, BODY),
+        ("Let us solve it anew:\n" + BODY, BODY),
+        ("<|start_header_id|>assistant<|end_header_id|>\n\n" + BODY, BODY),
+        ("<start_of_turn>model\n" + BODY, BODY),
+        ("Provided solutions exist, x = 1.", "Provided solutions exist, x = 1."),
         ("The reference angle is 30 degrees.", "The reference angle is 30 degrees."),
         (
             "Surely 3 < x and y|z > 1: a <s b> c.",
