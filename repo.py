@@ -3,17 +3,17 @@ r"""RePO: Rephrasing Policy Optimization (arXiv 2602.10819), a reference impleme
 A language model is the policy π. For a question q there is an expert's solution k (the knowledge)
 and a checkable answer. One training step:
 
-    1. Rollout     o_1..o_G ~ π_old(·|q), each with a reward          rollout, generate, sample
+    1. Rollout     o_1..o_G ~ π_old(·|q), each with a reward          rollout, complete, sample
     2. Rephrase    o_rep ~ π_old(·|P(q,k)): understand the expert's   rephrase, clean_rephrase
-                   solution and write it anew in own words
+                   solution and write it anew in one's own words
     3. Injection   if the share of failed rollouts is at least ρ,     gate_opens, replace_worst
                    o_rep takes the place of the worst rollout,
                    provided that its own reward is higher
     4. Update      group-relative advantages, clipped policy          group_advantages, token_logps,
                    gradient; o_rep is scored under the plain q        policy_loss, update
 
-`train_step` is the whole algorithm. Where it ends the paper ends; a reward for mathematics and the
-command line follow:
+`train_step` is the whole algorithm. There the paper ends; a reward for mathematics and the command
+line follow:
 
     python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --out out
 
@@ -99,9 +99,10 @@ class Config:
 
     def __post_init__(self):
         """Errors: RepoError for values with which nothing could be learnt."""
-        if self.group_size < 2:
-            raise RepoError(f"group_size is {self.group_size}; it must be at least 2, as a group "
-                            "compares its rollouts")
+        smallest = dict(group_size=2, batch_size=1, max_new_tokens=1, updates_per_batch=1)
+        for name, minimum in smallest.items():  # a group of one has nothing to compare
+            if getattr(self, name) < minimum:
+                raise RepoError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
         if not self.temperature > 0:
             raise RepoError(f"temperature is {self.temperature}; it must be above 0")
         if not 0 <= self.gate_threshold <= 1:
@@ -116,11 +117,11 @@ class Config:
 class Rollout:
     """One completion of a question, with all that moves along when it is replaced."""
 
-    prompt: list[int]  # token ids of the plain question q, under which the completion is scored
+    prompt: list[int]  # token ids that the completion follows: of q in all that is trained
     completion: list[int]  # token ids, with the end token, which is trained too
     text: str  # the completion as the reward reads it
     truncated: bool = False  # sampled, and max_new_tokens came before an end token
-    sampler_logps: list[float] | None = None  # log π_old a token; None if not sampled from q
+    sampler_logps: list[float] | None = None  # log π_old per token; None for text from elsewhere
     reward: float = 0.0
 
 
@@ -135,12 +136,12 @@ def fill(template: str, problem: dict) -> str:
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of the user's turn `text`, up to where the assistant's answer begins.
 
-    Control tokens that the text spells out stay text: `sanitize_control_tokens`, which transformers
-    before 5.23 silently ignores. A thinking model is asked not to think (ours): o_rep has no
-    thoughts, and would teach to leave them out.
+    Control tokens that the text spells out stay text (`sanitize_control_tokens`, transformers 5.23
+    or later). A thinking model is asked not to think (ours): o_rep has no thoughts, and would teach
+    to leave them out.
     Errors: RepoError if the chat template opens a block of thoughts all the same.
     """
-    if not tokenizer.chat_template:  # a base model; the line break keeps a blank off the answer
+    if not tokenizer.chat_template:  # a base model; after a line break no token begins with a blank
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append EOS
     chat = [{"role": "user", "content": text}]
@@ -193,8 +194,8 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     for each completion, those of a prompt side by side. A completion ends with its first token in
     `ends`, or after `max_new_tokens` without one.
 
-    A loop of our own: `generate` follows the checkpoint's top-k, top-p and penalties, and takes
-    twice as long. Here a prompt is read once for all its samples, and finished rows leave.
+    A loop of our own: `model.generate` follows the checkpoint's top-k, top-p and penalties, and
+    takes longer. Here a prompt is read once for all its samples, and finished rows leave.
     """
     inputs = pad(prompts, "left", model.device)  # [B, P]
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
@@ -206,9 +207,9 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     with autocast(model):
         for t in range(max_new_tokens):
             output = model(inputs, attention_mask=mask, position_ids=positions, cache=cache,
-                           use_cache=True, logits_to_keep=1)  # past_key_values is now cache
+                           use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
-            cache = output.get("cache")
+            cache = output.get("cache")  # past_key_values before transformers 5.24
             if not hasattr(cache, "reorder_cache"):
                 raise RepoError(f"{type(model).__name__} keeps no cache whose rows can be "
                                 "rearranged; use another model")
@@ -221,9 +222,9 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
             policy = (logits / (temperature or 1.0)).log_softmax(-1)  # [rows, V]
             drawn = policy.exp().multinomial(1) if temperature else policy.argmax(-1, keepdim=True)
             drawn_logp = policy.gather(1, drawn)  # [rows, 1]
-            for (ids, logps), token, logp in zip(rows, drawn.tolist(), drawn_logp.tolist()):
-                ids.extend(token)
-                logps.extend(logp)
+            for (ids, logps), [token], [logp] in zip(rows, drawn.tolist(), drawn_logp.tolist()):
+                ids.append(token)
+                logps.append(logp)
 
             unfinished = [n for n, (ids, _) in enumerate(rows) if ids[-1] not in ends]
             if not unfinished:
@@ -239,7 +240,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     return completions
 
 
-def generate(model, tokenizer, turns, num_samples, temperature, cfg) -> list[list[Rollout]]:
+def complete(model, tokenizer, turns, num_samples, temperature, cfg) -> list[list[Rollout]]:
     """`num_samples` answers to each user's turn, a list for each turn, not yet rewarded."""
     prompts = [encode_prompt(tokenizer, turn) for turn in turns]
     ends = end_tokens(model, tokenizer)
@@ -254,7 +255,7 @@ def generate(model, tokenizer, turns, num_samples, temperature, cfg) -> list[lis
 
 
 def checked_reward(reward_fn, text: str, problem: dict) -> float:
-    """reward_fn(text, answer). Errors: RepoError with all three if it is no finite number."""
+    """reward_fn(text, answer). Errors: RepoError with question and text if it is not finite."""
     reward = reward_fn(text, problem["answer"])
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         raise RepoError(f"the reward function must return a finite number and returned {reward!r}\n"
@@ -265,7 +266,7 @@ def checked_reward(reward_fn, text: str, problem: dict) -> float:
 def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
     """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of Rollouts for each problem."""
     questions = [fill(cfg.question_prompt, problem) for problem in problems]
-    groups = generate(model, tokenizer, questions, num_samples, temperature, cfg)
+    groups = complete(model, tokenizer, questions, num_samples, temperature, cfg)
     for group, problem in zip(groups, problems):
         for r in group:
             r.reward = checked_reward(reward_fn, r.text, problem)
@@ -305,8 +306,8 @@ def clean_rephrase(text: str) -> str:
 def as_rollout(tokenizer, problem, text, end, cfg) -> Rollout:
     """A text from elsewhere as a completion of the plain question, never of P(q,k) (Eq. 11).
 
-    It is encoded as an assistant's turn: no BOS, nothing in it becomes a control token, and the ids
-    in `end` close it. So what is trained is the text encoded anew, even where it was not changed.
+    It is encoded as what follows a prompt: no BOS, nothing in it becomes a control token, and the
+    ids in `end` close it. So the text is always encoded anew, even where cleaning changed nothing.
     """
     prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problem))
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -314,19 +315,19 @@ def as_rollout(tokenizer, problem, text, end, cfg) -> Rollout:
 
 
 def rephrase(model, tokenizer, problems, cfg) -> list[Rollout]:
-    """Step 2: one o_rep ~ π_old(·|P(q,k)) a problem (Eq. 5), cleaned, as a completion of q.
+    """Step 2: one o_rep ~ π_old(·|P(q,k)) per problem (Eq. 5), cleaned, as a completion of q.
 
     Drawn at the rollouts' temperature (ours). The draft's end token closes it; a truncated draft
     has none, and so its o_rep has none.
     """
     turns = [fill(cfg.rephrase_prompt, problem) for problem in problems]
-    drafts = generate(model, tokenizer, turns, 1, cfg.temperature, cfg)
+    drafts = complete(model, tokenizer, turns, 1, cfg.temperature, cfg)
     rephrases = []
     for problem, (draft,) in zip(problems, drafts):
         text = clean_rephrase(draft.text)
         end = draft.completion[-1:]
-        if draft.truncated and text:  # an empty text keeps a token: no completion may be empty
-            end = []
+        if draft.truncated and text:
+            end = []  # with an empty text its last token stays, as no completion may be empty
         rephrases.append(as_rollout(tokenizer, problem, text, end, cfg))
     return rephrases
 
@@ -341,7 +342,7 @@ def gate_opens(rewards, fail_threshold, gate_threshold) -> bool:
 
 
 def replace_worst(group: list[Rollout], guide: Rollout) -> bool:
-    """Puts `guide` in the place of the group's lowest reward (paper); True if it did.
+    """Puts the guide, o_rep, in the place of the group's lowest reward (paper); True if it did.
 
     The first among equals, and only if the guide's own reward is higher (both ours). With rewards
     of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would join a group of zeros,
@@ -360,7 +361,8 @@ def replace_worst(group: list[Rollout], guide: Rollout) -> bool:
 def group_advantages(rewards):
     """A_i = (R_i - mean R) / (std R + 1e-6) in each group: rewards [B, G] -> advantages [B, G].
 
-    The unbiased std and the 1e-6 are ours. Equal rewards give exactly 0, not rounding over 1e-6.
+    The unbiased std and the 1e-6 are ours. Equal rewards give exactly 0, where otherwise a rounding
+    error would be divided by 1e-6.
     """
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -381,10 +383,10 @@ def token_logps(model, rollouts, temperature):
         prompt e,   completion F        e F . .     the logits at place 0 predict F
     """
     ids = pad([r.prompt + r.completion for r in rollouts], "right", model.device)  # [B, L]
-    roles = [[0] * len(r.prompt) + [1] * len(r.completion) for r in rollouts]
+    masks = [[0] * len(r.prompt) + [1] * len(r.completion) for r in rollouts]
     first = min(len(r.prompt) for r in rollouts)  # the first place that can hold a completion
     targets = ids[:, first:]  # [B, L - first]
-    is_completion = pad(roles, "right", model.device)[:, first:].bool()  # [B, L - first]
+    is_completion = pad(masks, "right", model.device)[:, first:].bool()  # [B, L - first]
     needed = targets.shape[1]
     with autocast(model):
         output = model(ids[:, :-1], use_cache=False, logits_to_keep=needed)
@@ -396,7 +398,7 @@ def token_logps(model, rollouts, temperature):
 def policy_loss(logps, old_logps, advantages, weights, clip_epsilon):
     """-J = -Σ_t w_t min(r_t A_t, clip(r_t, 1-ε, 1+ε) A_t) with r_t = π_θ / π_old, both under q.
 
-    Eq. 11. Inputs are [T], one value a token. Returns the loss [] and where the clip acts, [T].
+    Eq. 11. Inputs are [n], a value for each token. Returns the loss [] and where the clip acts [n].
     """
     ratio = (logps - old_logps).exp()
     unclipped = ratio * advantages
@@ -418,8 +420,8 @@ def mean(values):
 
 
 def micro_batches(rollouts, indices, max_tokens) -> list[list[int]]:
-    """The indices in batches of rollouts with at most `max_tokens`, padding included; a longer
-    rollout is a batch of its own. The longest come first: memory runs out at once or never.
+    """The indices in batches of equally many rows: as many as the longest rollout lets into
+    `max_tokens`, at least one. The longest come first: memory runs out at once or never.
     """
     sizes = {i: len(rollouts[i].prompt) + len(rollouts[i].completion) for i in indices}
     order = sorted(sizes, key=sizes.get, reverse=True)
@@ -467,14 +469,14 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
     for epoch in range(cfg.updates_per_batch if batches else 0):
         for n, batch in enumerate(batches):
             part = [rollouts[i] for i in batch]
-            logps = token_logps(model, part, cfg.temperature)  # [T]
+            logps = token_logps(model, part, cfg.temperature)  # [n]
             if epoch == 0:
                 # π_old(·|q) is this first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
                 # (ours): it costs nothing, and no other code path can disturb the ratio.
                 old_logps.append(logps.detach())
                 sampler_diffs.append(sampler_diff(part, old_logps[n]))
-            token_advantages = advantages[batch].repeat_interleave(lengths[batch])  # [T]
-            token_weights = weights[batch].repeat_interleave(lengths[batch])  # [T]
+            token_advantages = advantages[batch].repeat_interleave(lengths[batch])  # [n]
+            token_weights = weights[batch].repeat_interleave(lengths[batch])  # [n]
             loss, is_clipped = policy_loss(logps, old_logps[n], token_advantages, token_weights,
                                            cfg.clip_epsilon)
             if cfg.kl_beta:
@@ -493,8 +495,8 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
         optimizer.zero_grad()
     return {
         "loss": sum(losses) / cfg.updates_per_batch,
-        "kl": sum(kls) / cfg.updates_per_batch,
-        "grad_norm": mean(norms),
+        "kl": sum(kls) / cfg.updates_per_batch if kls else None,
+        "grad_norm": mean(norms),  # before it is scaled down
         "clip_ratio": mean(clipped),
         "sampler_logp_diff": max(sampler_diffs, default=None),
     }
@@ -515,12 +517,12 @@ def mean_logp(model, rollouts, cfg):
 def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=None):
     """One step of RePO on `problems`, dicts of question, knowledge and answer. Trains in place.
 
-    `reference` is the model of the KL term's π_ref. Returns (metrics, the final groups, the guides
-    that open gates were offered). Errors: RepoError if kl_beta is set and no reference is given.
+    `reference` is the model of the KL term's π_ref. Returns (metrics, the groups as trained, the
+    guides that were offered). Errors: RepoError if kl_beta is set and no reference is given.
     """
     if cfg.kl_beta and reference is None:
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
-    model.eval()  # dropout would make the policy that is trained another than the one sampled
+    model.eval()  # with dropout the trained policy would not be the one that was sampled
     start = time.perf_counter()
 
     # 1. Rollout.
@@ -528,29 +530,29 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     sampled = [r for group in groups for r in group]  # the policy's own, before any replacement
     sampled_at = time.perf_counter()
 
-    # 3. Injection, first half: the gate, before 2 because a closed one then costs nothing (ours).
+    # 2. Rephrase, only where the gate of step 3 is open: a closed one then costs nothing (ours).
     opened = []
     for n, group in enumerate(groups):
         rewards = [r.reward for r in group]
         if cfg.guidance != "none" and gate_opens(rewards, cfg.fail_threshold, cfg.gate_threshold):
             opened.append(n)
-    failed = [problems[n] for n in opened]
-
-    # 2. Rephrase.
-    end = end_tokens(model, tokenizer)[:1]
-    experts = [as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in failed]
+    hard = [problems[n] for n in opened]
     rephrases = []
-    if failed and cfg.guidance == "rephrase":
-        rephrases = rephrase(model, tokenizer, failed, cfg)
-    guides = experts if cfg.guidance == "verbatim" else rephrases
+    if hard and cfg.guidance == "rephrase":
+        rephrases = rephrase(model, tokenizer, hard, cfg)
+
+    # How far each kind of text is from the policy: log-probabilities under q, of hard problems.
+    end = end_tokens(model, tokenizer)[:1]
+    experts = [as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in hard]
     own = [r for n in opened for r in groups[n]]
-    policy_gap = {  # log-probabilities under q, for the failed problems: compare with the rollouts'
+    policy_gap = {
         "policy_gap/expert": mean_logp(model, experts, cfg),
         "policy_gap/rephrase": mean_logp(model, rephrases, cfg),
         "policy_gap/rollout": mean(logp for r in own for logp in r.sampler_logps),
     }
 
-    # 3. Injection, second half: the replacement. Plain GRPO has no guides, so nothing happens.
+    # 3. Injection. Plain GRPO has no guides, so nothing happens.
+    guides = experts if cfg.guidance == "verbatim" else rephrases
     injections = 0
     for n, guide in zip(opened, guides):
         guide.reward = checked_reward(reward_fn, guide.text, problems[n])
@@ -599,7 +601,7 @@ UNIT = (  # \text{ cm}^2, but neither a constant nor a conjunction
     r"\\(?:text|mathrm|mbox)\{ ?(?!(?:[eix]|pi|or|and|to)\b)[a-zA-Z][a-zA-Z ./²³-]*\}"
     r"(?:\^\{?[23]\}?)?"
 )
-REWRITES = [  # pattern, replacement: one after the other
+REWRITES = [  # pattern, replacement: one after the other, each on what the ones before it left
     ("−", "-"),
     (r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})", ","),  # 1{,}000 and 1\,000
     (r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\[,;:!$% ]|[$~]", " "),
@@ -608,7 +610,7 @@ REWRITES = [  # pattern, replacement: one after the other
     (r" ?([^\w ,.]) ?", r"\1"),  # blanks around signs
     (r"\.$", ""),
     (r"^\\?(?!not=)[a-zA-Z]\w*=", ""),  # x =
-    (r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$", r"\1"),
+    (r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$", r"\1"),  # {{42}}
     (r"\\[dt]frac", r"\\frac"),
     (rf"^([+-]?)\\frac\{{(-?[\w.\\]+)\}}\{{([0-9]+|[a-z]|\\[a-z]+)\}}(?=(?:{UNIT})?$)", r"\1\2/\3"),
     (rf"^({NUMBER}){UNIT}$", r"\1"),
@@ -665,7 +667,7 @@ class Run:
     knowledge_column: str = setting("answer", "column of the expert's solution")
     answer_column: str = setting("answer", "column of the answer, bare, boxed or after ####")
     steps: int = setting(100, "training steps")
-    save_every: int = setting(50, "steps between checkpoints")
+    save_every: int = setting(50, "steps between checkpoints; 0: at the end only")
     resume: bool = setting(False, "go on from the checkpoint in --out")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, cuda:1, cpu ...")
 
@@ -705,7 +707,7 @@ def load_problems(run: Run, split: str) -> list[dict]:
         knowledge = in_box(record[run.knowledge_column])
         answer = in_box(record[run.answer_column])
         boxed = last_boxed(answer)
-        if boxed or run.answer_column == run.knowledge_column:  # of a solution only the box counts
+        if boxed or run.answer_column == run.knowledge_column:  # a solution without a box has none
             answer = boxed
         if question and knowledge and answer:
             problems.append(dict(question=question, knowledge=knowledge, answer=answer))
@@ -767,10 +769,10 @@ def load_checkpoint(file, model, optimizer, settings) -> list[str]:
 
 
 def train(run: Run, cfg: Config):
-    """The run of the command line. Errors: RepoError if --out holds a run and not --resume."""
+    """The run of the command line. Errors: RepoError if --out holds a run, without --resume."""
     out = Path(run.out)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
-    used = checkpoint.exists() or metrics_file.exists() and metrics_file.read_text()
+    used = checkpoint.exists() or (metrics_file.exists() and metrics_file.read_text())
     if used and not run.resume:
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
     model, tokenizer = load_model(run.model, run.device)
@@ -796,7 +798,7 @@ def train(run: Run, cfg: Config):
         with metrics_file.open("a") as file:
             file.write(log[-1])
         print(f"step {step}: reward {metrics['reward']:.3f}, {metrics['injections']} injections")
-        if (step + 1) % run.save_every == 0 or step + 1 == run.steps:
+        if step + 1 == run.steps or (run.save_every and (step + 1) % run.save_every == 0):
             save_checkpoint(checkpoint, log, model, optimizer, settings)
 
     model.save_pretrained(out / "model")
@@ -808,7 +810,7 @@ def train(run: Run, cfg: Config):
 
 
 def main(argv=None):
-    """Parses the flags and trains; what the user can mend ends in one line."""
+    """Parses the flags and trains; a RepoError ends in its message alone."""
     parser = HfArgumentParser((Run, Config), description=__doc__.partition("\n")[0])
     try:
         run, cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
