@@ -71,7 +71,7 @@ class Config:
     """The settings of the algorithm. Each is a command-line flag too."""
 
     group_size: int = setting(8, "G, rollouts of each question (paper)")
-    batch_size: int = setting(16, "questions a step (ours, for one GPU; the paper has 512)")
+    batch_size: int = setting(16, "questions per step (ours, for one GPU; the paper has 512)")
     max_new_tokens: int = setting(512, "longest completion, in tokens (ours)")
     temperature: float = setting(1.0, "T: the policy is softmax(logits / T) (ours)")
     guidance: Literal["rephrase", "verbatim", "none"] = setting(
@@ -81,17 +81,17 @@ class Config:
     )
     fail_threshold: float = setting(0.5, "delta: a rollout with a lower reward has failed (ours)")
     gate_threshold: float = setting(
-        1.0, "rho: the gate opens when this share of the group has failed (ours)"
+        1.0, "rho: the gate opens when at least this share of the group failed (ours)"
     )
     clip_epsilon: float = setting(0.2, "epsilon: the ratio is clipped to 1 ± epsilon (ours)")
     kl_beta: float = setting(0.0, "beta, the weight of the KL term; 0 needs no reference (ours)")
     updates_per_batch: int = setting(1, "optimizer steps on each batch of rollouts (ours)")
-    learning_rate: float = setting(1e-6, "1e-6 (paper); constant, in AdamW without decay (ours)")
+    learning_rate: float = setting(1e-6, "1e-6 (paper); constant, AdamW, no weight decay (ours)")
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm (ours)")
     micro_batch_tokens: int = setting(
         8192,
-        "tokens, padding included, in one pass of the update; changes nothing but memory, which "
-        "peaks at about 16 bytes x vocabulary a token (ours)",
+        "tokens, padding included, in one pass of the update; matters for memory alone, which "
+        "peaks at about 16 bytes x vocabulary per token (ours)",
     )
     question_prompt: str = setting(QUESTION_PROMPT, "the plain question q as a user's turn (ours)")
     rephrase_prompt: str = setting(REPHRASE_PROMPT, "P(q,k) as a user's turn (ours)")
@@ -136,9 +136,8 @@ def fill(template: str, problem: dict) -> str:
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of the user's turn `text`, up to where the assistant's answer begins.
 
-    Control tokens that the text spells out stay text (`sanitize_control_tokens`, transformers 5.23
-    or later). A thinking model is asked not to think (ours): o_rep has no thoughts, and would teach
-    to leave them out.
+    Control tokens that the text spells out stay text (`sanitize_control_tokens`). A thinking model
+    is asked not to think (ours): o_rep has no thoughts, and would teach it to leave them out.
     Errors: RepoError if the chat template opens a block of thoughts all the same.
     """
     if not tokenizer.chat_template:  # a base model; after a line break no token begins with a blank
@@ -326,8 +325,8 @@ def rephrase(model, tokenizer, problems, cfg) -> list[Rollout]:
     for problem, (draft,) in zip(problems, drafts):
         text = clean_rephrase(draft.text)
         end = draft.completion[-1:]
-        if draft.truncated and text:
-            end = []  # with an empty text its last token stays, as no completion may be empty
+        if draft.truncated and text:  # without a text its last token stays: it must not be empty
+            end = []
         rephrases.append(as_rollout(tokenizer, problem, text, end, cfg))
     return rephrases
 
@@ -364,7 +363,6 @@ def group_advantages(rewards):
     The unbiased std and the 1e-6 are ours. Equal rewards give exactly 0, where otherwise a rounding
     error would be divided by 1e-6.
     """
-    rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
@@ -420,8 +418,9 @@ def mean(values):
 
 
 def micro_batches(rollouts, indices, max_tokens) -> list[list[int]]:
-    """The indices in batches of equally many rows: as many as the longest rollout lets into
-    `max_tokens`, at least one. The longest come first: memory runs out at once or never.
+    """The indices in batches of equally many rows (the last may have fewer): as many as the longest
+    rollout lets into `max_tokens`, at least one. The longest come first: memory runs out at once or
+    never.
     """
     sizes = {i: len(rollouts[i].prompt) + len(rollouts[i].completion) for i in indices}
     order = sorted(sizes, key=sizes.get, reverse=True)
@@ -451,14 +450,16 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
     """Step 4: `updates_per_batch` optimizer steps on the final groups. Returns metrics.
 
     With one update the policy that is trained is the one that sampled: the ratio is exactly 1, the
-    clip never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
+    clip never acts and the gradient is REINFORCE's; the loss is then near 0, as the advantages of a
+    group sum to 0. A batch without signal changes nothing (ours).
     Errors: RuntimeError, before that step, if the gradient is not finite.
     """
-    rewards = torch.tensor([[r.reward for r in group] for group in groups])  # [B, G]
+    rewards = [[r.reward for r in group] for group in groups]
+    rewards = torch.tensor(rewards, dtype=torch.float64)  # [B, G]
     advantages = group_advantages(rewards).flatten().to(model.device)  # [N]
     rollouts = [r for group in groups for r in group]
     lengths = torch.tensor([len(r.completion) for r in rollouts], device=model.device)  # [N]
-    weights = 1 / (len(rollouts) * lengths)  # [N], of each token: 1/G Σ_i 1/|o_i| Σ_t (paper)
+    weights = 1 / (len(rollouts) * lengths)  # [N], of each token: 1/(B G) Σ_i 1/|o_i| Σ_t (paper)
 
     # The weights are fixed now: neither leaving out rollouts that have no gradient nor cutting the
     # rest into micro-batches can change the sum.
@@ -541,7 +542,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     if hard and cfg.guidance == "rephrase":
         rephrases = rephrase(model, tokenizer, hard, cfg)
 
-    # How far each kind of text is from the policy: log-probabilities under q, of hard problems.
+    # How near to the policy is each kind of text? Its log-probability under q, where gates opened.
     end = end_tokens(model, tokenizer)[:1]
     experts = [as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in hard]
     own = [r for n in opened for r in groups[n]]
@@ -593,7 +594,7 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
 
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
 
-NUMBER = (  # 12, 1,200, 1.5, .5 or 3/4, but not 1,20
+NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"
     r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
     r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
 )
@@ -680,7 +681,7 @@ def load_model(name, device):
 
 def in_box(value) -> str:
     r"""A column's value as text; GSM8K's `#### 42` becomes `\boxed{42}`, and its `<<..>>` go."""
-    text = re.sub(r"<<[^<>]*>>", "", "" if value is None else str(value))
+    text = re.sub(r"<<[^<>]*=[^<>]*>>", "", "" if value is None else str(value))
     return re.sub(r"####\s*(\S.*)", r"\\boxed{\1}", text).strip()
 
 
@@ -707,7 +708,7 @@ def load_problems(run: Run, split: str) -> list[dict]:
         knowledge = in_box(record[run.knowledge_column])
         answer = in_box(record[run.answer_column])
         boxed = last_boxed(answer)
-        if boxed or run.answer_column == run.knowledge_column:  # a solution without a box has none
+        if boxed or run.answer_column == run.knowledge_column:  # a solution's answer is its box
             answer = boxed
         if question and knowledge and answer:
             problems.append(dict(question=question, knowledge=knowledge, answer=answer))
@@ -728,13 +729,13 @@ def check_lengths(problems, model, tokenizer, cfg):
         if len(prompt) + cfg.max_new_tokens > context:
             raise RepoError(f"{len(prompt)} tokens of P(q,k) and max_new_tokens "
                             f"{cfg.max_new_tokens} do not fit the model's context of {context}; "
-                            f"lower it or drop the problem: {problem['question']}")
+                            f"lower that or drop the problem: {problem['question']}")
 
 
 def draw_batch(problems, step, cfg) -> list[dict]:
     """The problems of a step; also seeds its sampling. Both depend on seed and step alone, so a
-    resumed run needs no random state to equal one that was never stopped. Each step draws from all
-    problems, without epochs (ours).
+    resumed run needs no random state to equal one that was never stopped, on the same device. Each
+    step draws from all problems, without epochs (ours).
     """
     draw = random.Random(f"{cfg.seed} {step}")
     torch.manual_seed(draw.getrandbits(32))
@@ -820,7 +821,7 @@ def main(argv=None):
     except RepoError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on from the last checkpoint")
+        sys.exit("stopped; --resume goes on from the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":
