@@ -104,9 +104,10 @@ def random_groups(groups=3, size=3, seed=0) -> list[list[Rollout]]:
 
 
 class Recorder(torch.optim.SGD):
-    """An optimizer that keeps the gradient it was given."""
+    """An optimizer that keeps the gradient it was given, once."""
 
     def step(self):
+        assert not hasattr(self, "seen")
         grads = [
             p.grad.flatten() for group in self.param_groups for p in group["params"]
         ]
@@ -887,6 +888,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(files, tmp_pa
     assert any(row["injections"] for row in lines(tmp_path / "a"))
     assert same_run(tmp_path / "a", tmp_path / "b")
     assert lines(tmp_path / "a") != lines(tmp_path / "c")
+    assert repo.draw_batch(PROBLEMS, 0, CFG) != repo.draw_batch(PROBLEMS, 1, CFG)
 
 
 def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path):
