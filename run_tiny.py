@@ -130,7 +130,7 @@ def descend(model, optimizer, loss, max_norm) -> float:
     return norm.item()
 
 
-def warm_up(books, model, tokenizer, seed, steps=300, batch=24):
+def warm_up(books, model, tokenizer, seed, steps=400, batch=24):
     """Supervised learning of the two skills of the base policy: books 1 and 2, and rephrasing."""
     draw = random.Random(seed)
     end = [tokenizer.eos_token_id]
