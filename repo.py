@@ -90,8 +90,8 @@ class Config:
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm (ours)")
     micro_batch_tokens: int = setting(
         8192,
-        "tokens, padding included, in one pass of the update; matters for memory alone, which "
-        "peaks at about 16 bytes x vocabulary per token (ours)",
+        "tokens, padding included, in one pass of the update; changes speed and memory, not the "
+        "gradient; memory peaks at about 16 bytes x vocabulary per token (ours)",
     )
     question_prompt: str = setting(QUESTION_PROMPT, "the plain question q as a user's turn (ours)")
     rephrase_prompt: str = setting(REPHRASE_PROMPT, "P(q,k) as a user's turn (ours)")
@@ -325,7 +325,7 @@ def rephrase(model, tokenizer, problems, cfg) -> list[Rollout]:
     for problem, (draft,) in zip(problems, drafts):
         text = clean_rephrase(draft.text)
         end = draft.completion[-1:]
-        if draft.truncated and text:  # without a text its last token stays: it must not be empty
+        if draft.truncated and text:  # an empty text keeps it, as no completion may be empty
             end = []
         rephrases.append(as_rollout(tokenizer, problem, text, end, cfg))
     return rephrases
@@ -358,7 +358,7 @@ def replace_worst(group: list[Rollout], guide: Rollout) -> bool:
 
 
 def group_advantages(rewards):
-    """A_i = (R_i - mean R) / (std R + 1e-6) in each group: rewards [B, G] -> advantages [B, G].
+    """A_i = (R_i - mean R) / (std R + 1e-6) in each group: [B, G] in fp64 -> [B, G] in fp32.
 
     The unbiased std and the 1e-6 are ours. Equal rewards give exactly 0, where otherwise a rounding
     error would be divided by 1e-6.
@@ -396,7 +396,7 @@ def token_logps(model, rollouts, temperature):
 def policy_loss(logps, old_logps, advantages, weights, clip_epsilon):
     """-J = -Σ_t w_t min(r_t A_t, clip(r_t, 1-ε, 1+ε) A_t) with r_t = π_θ / π_old, both under q.
 
-    Eq. 11. Inputs are [n], a value for each token. Returns the loss [] and where the clip acts [n].
+    Eq. 11. Inputs are [tokens]. Returns the loss [] and where the clip acts, [tokens].
     """
     ratio = (logps - old_logps).exp()
     unclipped = ratio * advantages
@@ -470,14 +470,14 @@ def update(model, optimizer, groups, cfg, reference=None) -> dict:
     for epoch in range(cfg.updates_per_batch if batches else 0):
         for n, batch in enumerate(batches):
             part = [rollouts[i] for i in batch]
-            logps = token_logps(model, part, cfg.temperature)  # [n]
+            logps = token_logps(model, part, cfg.temperature)  # [tokens]
             if epoch == 0:
                 # π_old(·|q) is this first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
                 # (ours): it costs nothing, and no other code path can disturb the ratio.
                 old_logps.append(logps.detach())
                 sampler_diffs.append(sampler_diff(part, old_logps[n]))
-            token_advantages = advantages[batch].repeat_interleave(lengths[batch])  # [n]
-            token_weights = weights[batch].repeat_interleave(lengths[batch])  # [n]
+            token_advantages = advantages[batch].repeat_interleave(lengths[batch])  # [tokens]
+            token_weights = weights[batch].repeat_interleave(lengths[batch])  # [tokens]
             loss, is_clipped = policy_loss(logps, old_logps[n], token_advantages, token_weights,
                                            cfg.clip_epsilon)
             if cfg.kl_beta:
