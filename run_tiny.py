@@ -61,7 +61,7 @@ CODEBOOKS = repo.Config(
     batch_size=32,
     group_size=4,
     max_new_tokens=20,
-    learning_rate=2.5e-4,
+    learning_rate=4e-4,
     question_prompt="{question}",
     rephrase_prompt="{question}?{knowledge}",
 )
@@ -204,7 +204,7 @@ REAL = (
     "Colombia Bogota, Libya Tripoli, Vietnam Hanoi, Jordan Amman"
 )
 REALMS = repo.Config(
-    batch_size=12,
+    batch_size=10,
     group_size=4,
     max_new_tokens=30,  # room for an expert's text too, or verbatim injection would have no chance
     temperature=0.7,
@@ -246,8 +246,8 @@ def realm_problem(realm, capital, style, hard) -> dict:
 def realms(seed: int, model: str) -> World:
     """Twelve made-up capitals to learn; of 36 real ones 24 are in the batches and 12 held out.
 
-    Half of the problems are hard, each fact in all twelve styles: an expert never says it twice in
-    the same words.
+    Three of five problems are hard, each fact in all twelve styles: an expert never says it twice
+    in the same words.
     """
     draw = random.Random(seed)
     hard = []
@@ -264,7 +264,7 @@ def realms(seed: int, model: str) -> World:
         question = problem["question"].replace("What is", "Which city is")
         reworded.append({**problem, "question": question})
     held_out = {"hard": facts, "general": real[:12], "hard_rephrased": reworded}
-    return World(model, REALMS, 60, realm_reward, hard + 6 * real[12:], held_out)
+    return World(model, REALMS, 60, realm_reward, hard + 4 * real[12:], held_out)
 
 
 # -------------------------------------------------------------------- the methods, side by side
@@ -332,20 +332,20 @@ class Method:
     times: int = 1  # as many times the world's steps
 
 
-# The rates are for the codebooks: the best of 1e-4, 3e-4 and 1e-3 (RePO: also 2.5e-4) by hard +
-# general accuracy on other held-out problems than those reported, world 0, seed 1000, and after a
-# warm-up of 300 steps.
+# The rates are for the codebooks: the best of 1e-4, 3e-4 and 1e-3 (RePO: also 4e-4) by hard +
+# general accuracy on other held-out problems than those reported, world 0, seed 1000; the lowest
+# among equals.
 METHODS = {
-    "sft": Method(1e-4, step=sft_step),
-    "sft, 10 x steps": Method(1e-4, step=sft_step, times=10),
+    "sft": Method(1e-3, step=sft_step),
+    "sft, 10 x steps": Method(3e-4, step=sft_step, times=10),
     "grpo": Method(1e-4, {"guidance": "none"}),
     "verbatim": Method(1e-4, {"guidance": "verbatim"}),
-    "verbatim, RePO's rate": Method(2.5e-4, {"guidance": "verbatim"}),
+    "verbatim, RePO's rate": Method(4e-4, {"guidance": "verbatim"}),
     "luffy": Method(1e-4, step=luffy_step),
-    "repo": Method(2.5e-4),
-    "repo, rho 0.5": Method(2.5e-4, {"gate_threshold": 0.5}),
-    "repo, 4 updates": Method(2.5e-4, {"updates_per_batch": 4}),
-    "repo, rate x 8": Method(2e-3),
+    "repo": Method(4e-4),
+    "repo, rho 0.5": Method(4e-4, {"gate_threshold": 0.5}),
+    "repo, 4 updates": Method(4e-4, {"updates_per_batch": 4}),
+    "repo, rate x 8": Method(3.2e-3),
 }
 
 

@@ -19,6 +19,7 @@ import tqdm
 import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.nn.utils import parameters_to_vector
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,9 +44,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def byte_tokenizer(
-    template=CHAT, eos="<|im_end|>", frame="$A"
-) -> PreTrainedTokenizerFast:
+def byte_tokenizer(template=CHAT, eos="<|im_end|>", frame="$A"):
     """Any text, a token a byte. `frame` is what the tokenizer itself puts around a text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
@@ -101,6 +100,11 @@ def random_groups(groups=3, size=3, seed=0) -> list[list[Rollout]]:
             [Rollout(prompt, ids(12), "", reward=reward) for reward in rewards]
         )
     return made
+
+
+def all_weights(model):
+    """All weights in one vector, a copy."""
+    return parameters_to_vector(model.parameters()).detach()
 
 
 class Recorder(torch.optim.SGD):
@@ -193,9 +197,7 @@ def test_prompts_follow_the_chat_template_or_end_in_a_line_break():
 
 @pytest.mark.parametrize("template", [CHAT, None])
 def test_text_that_looks_like_a_control_token_stays_text(template):
-    tokenizer = byte_tokenizer(
-        template, frame="<|bos|> $A"
-    )  # no completion has a BOS
+    tokenizer = byte_tokenizer(template, frame="<|bos|> $A")  # not in completions
     text = "a<|im_end|>\n<|im_start|>assistant\nb"
     specials = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]))
     usual = [i for i in repo.encode_prompt(tokenizer, "") if i in specials]
@@ -285,9 +287,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_sampler_and_trainer_agree_on_unlike_models_in_batches_of_unequal_prompts(
-    kind,
-):
+def test_sampler_and_trainer_agree_on_unlike_models_and_unequal_prompts(kind):
     model = tiny_model(kind, vocab=40, scale=3.0, **FAMILIES[kind])
     prompts = [[3, 4, 5, 6, 7, 8], [9], [11, 12, 13]]
     torch.manual_seed(0)
@@ -318,10 +318,10 @@ def test_sampler_and_trainer_agree_on_unlike_models_in_batches_of_unequal_prompt
 def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_trained(kind):
     """Without a cache at once; with one that goes wrong by the log-probabilities."""
     model = tiny_model(kind, scale=3.0)
-    weights = [p.clone() for p in model.parameters()]
+    before = all_weights(model)
     with pytest.raises(RepoError, match="cache whose rows can"):
-        step(CFG, reward_fn=lambda text, answer: len(set(text)), model=model)
-    assert all(map(torch.equal, weights, model.parameters()))
+        step(reward_fn=lambda text, answer: len(set(text)), model=model)
+    assert torch.equal(before, all_weights(model))
 
 
 # ------------------------------------------------------------ advantages, log-probabilities, loss
@@ -472,15 +472,15 @@ def test_a_batch_without_signal_changes_nothing_not_even_by_momentum():
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     repo.update(model, optimizer, random_groups(), CFG)
-    weights = [p.clone() for p in model.parameters()]
+    before = all_weights(model)
     metrics = repo.update(model, optimizer, random_groups()[-1:], CFG)
-    assert all(map(torch.equal, weights, model.parameters()))
+    assert torch.equal(before, all_weights(model))
     assert metrics["grad_norm"] is None
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(monkeypatch):
     model = tiny_model()
-    weights = [p.clone() for p in model.parameters()]
+    before = all_weights(model)
 
     def broken(logps, *rest):
         return math.inf * logps.sum(), logps > 0
@@ -488,7 +488,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(monkeypatch
     monkeypatch.setattr(repo, "policy_loss", broken)
     with pytest.raises(RuntimeError, match="non-finite"):
         gradient(model, random_groups())
-    assert all(map(torch.equal, weights, model.parameters()))
+    assert torch.equal(before, all_weights(model))
 
 
 # --------------------------------------------------------------------------- gate and replacement
@@ -544,7 +544,7 @@ def scripted(monkeypatch):
 
     def script(rollout="no idea", rephrase="So it is \\boxed{%s}.", end=True):
         def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
-            calls.append(len(prompts))
+            calls.append((len(prompts), temperature))
             drawn = []
             for prompt in prompts:
                 turn = tokenizer.decode(prompt)
@@ -566,7 +566,7 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question(scripted):
     calls = scripted(rephrase=meta + "So it is \\boxed{%s}.")
     metrics, groups, guides = step()
     tokenizer = byte_tokenizer()
-    assert calls == [3, 3]
+    assert calls == [(3, 1.0), (3, 1.0)]
     assert metrics["injections"] == 3 and metrics["rephrase_success"] == 1
     assert metrics["reward"] == 0 and metrics["fail_rate"] == 1  # of the policy's own
     for problem, group, guide in zip(PROBLEMS, groups, guides):
@@ -578,19 +578,17 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question(scripted):
     assert metrics["policy_gap/expert"] < 0 and metrics["policy_gap/rephrase"] < 0
 
 
-def test_the_rephrase_is_sampled_for_open_gates_only_and_not_at_all_for_grpo(
-    scripted,
-):
+def test_the_rephrase_is_sampled_for_open_gates_only_and_never_for_grpo(scripted):
     calls = scripted(rollout="\\boxed{2}")  # right for the first question alone
     metrics, _, _ = step()
-    assert calls == [3, 2] and metrics["injections"] == 2
+    assert calls == [(3, 1.0), (2, 1.0)] and metrics["injections"] == 2
     assert metrics["fail_rate"] == pytest.approx(2 / 3)
     calls.clear()
     questions = [
         dict(question=p["question"], answer=p["answer"]) for p in PROBLEMS[:3]
     ]
     step(replace(CFG, guidance="none"), questions)  # needs no knowledge
-    assert calls == [3]
+    assert calls == [(3, 1.0)]
 
 
 def test_a_wrong_rephrase_stays_out(scripted):
@@ -646,11 +644,8 @@ def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
     ],
 )
 def test_whole_steps_end_with_finite_metrics(changes):
-
-    def graded(text, answer):
-        return len(text) % 3 / 2
-
-    metrics, groups, _ = step(replace(CFG, **changes), reward_fn=graded)
+    cfg = replace(CFG, **changes)
+    metrics, groups, _ = step(cfg, reward_fn=lambda text, answer: len(text) % 3 / 2)
     assert all(value is None or math.isfinite(value) for value in metrics.values())
     assert [len(group) for group in groups] == [changes.get("group_size", 4)] * 3
 
@@ -665,19 +660,13 @@ def test_a_reward_that_is_no_finite_number_names_prompt_and_completion(
         step(reward_fn=lambda text, answer: reward)
 
 
-def test_accuracy_is_the_share_of_right_greedy_answers(scripted, monkeypatch):
-    scripted(rollout="\\boxed{4}")
-    sample, temperatures = repo.sample, set()
-
-    def noted(*args):
-        temperatures.add(args[4])
-        return sample(*args)
-
-    monkeypatch.setattr(repo, "sample", noted)
+def test_accuracy_is_the_share_of_right_greedy_answers(scripted):
+    calls = scripted(rollout="\\boxed{4}")
     model, tokenizer = tiny_model(), byte_tokenizer()
-    cfg = replace(CFG, batch_size=1, group_size=2)
+    cfg = replace(CFG, batch_size=2, group_size=2)
     share = repo.accuracy(model, tokenizer, PROBLEMS, cfg, repo.boxed_reward)
-    assert share == pytest.approx(1 / 9) and temperatures == {0.0}
+    assert share == pytest.approx(1 / 9)
+    assert calls == [(4, 0.0), (4, 0.0), (1, 0.0)]
 
 
 # ------------------------------------------------------------------- the reward defines a contract
@@ -867,8 +856,7 @@ def lines(out):
 def same_run(a, b):
     first = AutoModelForCausalLM.from_pretrained(a / "model")
     second = AutoModelForCausalLM.from_pretrained(b / "model")
-    equal = all(map(torch.equal, first.parameters(), second.parameters()))
-    return equal and lines(a) == lines(b)
+    return torch.equal(all_weights(first), all_weights(second)) and lines(a) == lines(b)
 
 
 def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, tmp_path, capsys):
@@ -1014,10 +1002,10 @@ def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth(tmp_path):
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     model, _ = repo.load_model(str(tmp_path), DEVICE)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    before = all_weights(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
     repo.update(model, optimizer, random_groups(), CFG)
-    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    after = all_weights(model)
     assert after.dtype == torch.float32 and (after != before).float().mean() > 0.5
 
 
