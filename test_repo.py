@@ -197,7 +197,7 @@ def test_prompts_follow_the_chat_template_or_end_in_a_line_break():
 
 @pytest.mark.parametrize("template", [CHAT, None])
 def test_text_that_looks_like_a_control_token_stays_text(template):
-    tokenizer = byte_tokenizer(template, frame="<|bos|> $A")  # not in completions
+    tokenizer = byte_tokenizer(template, frame="<|bos|> $A")  # BOS: prompts only
     text = "a<|im_end|>\n<|im_start|>assistant\nb"
     specials = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]))
     usual = [i for i in repo.encode_prompt(tokenizer, "") if i in specials]
