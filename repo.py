@@ -1,26 +1,39 @@
 r"""RePO: Rephrasing Policy Optimization (arXiv 2602.10819), a reference implementation in one file.
 
-A language model is the policy π. For a question q there is an expert's solution k (the knowledge)
-and a checkable answer. One training step:
+The policy π_θ is a language model. A question q comes with an expert's solution k (the knowledge)
+and an answer that can be checked. Where all rollouts of a question fail, their advantages are all 0
+and GRPO learns nothing. RePO shows k to the policy, lets it write the solution in its own words and
+trains that text as if the policy had found it alone. One step is `train_step`, just below:
 
-    1. Rollout     o_1..o_G ~ π_old(·|q), each with a reward          rollout, complete, sample
-    2. Rephrase    o_rep ~ π_old(·|P(q,k)): understand the expert's   rephrase, clean_rephrase
-                   solution and write it anew in one's own words
-    3. Injection   if the share of failed rollouts is at least ρ,     gate_opens, replace_worst
-                   o_rep takes the place of the worst rollout,
-                   provided that its own reward is higher
-    4. Update      group-relative advantages, clipped policy          group_advantages, token_logps,
-                   gradient; o_rep is scored under the plain q        policy_loss, update
+    1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
+    2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
+                   to write it anew
+    3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout
+    4. Update      A_i = (R_i - mean R) / std R
+                   r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
+                   J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)     (Eq. 11)
+                   o_rep stands under the plain q here, never under P(q,k): no hint is left
 
-`train_step` is the whole algorithm. There the paper ends; a reward for mathematics and the command
-line follow:
+What remains of this with rewards of 0 and 1, ρ = 1 and one update a batch: every ratio is 1, so the
+clip never acts, and an injected group has the advantages (G-1)/√G for o_rep and -1/√G for each
+failure (G = 8: 2.47 and -0.35). A step on a hard question is supervised learning on one verified
+text of the policy's own, and a push away from G-1 failures. Its kin:
+
+    GRPO                   nothing is injected (ρ > 1)
+    STaR, 2203.14465       the same text, supervised, without the group and its failures
+    context distillation   what stood in the prompt moves into the weights (2209.15189)
+    LUFFY, 2504.14945      the expert's own text in the group, its ratios shaped
+    Guide, 2506.13923      hints where all rollouts fail, the ratio corrected for the hint
+
+Sources: we have not read the full text of the paper, and no code of its authors is public. A mark
+says where a mechanism or a value comes from: `paper` is the abstract, `reported` what independent
+readers of the full text say, `ours` our choice where we know of none.
 
     python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --out out
-
-(paper) and (ours) say whose a choice is. No code of the authors is public: "paper" means what
-independent readers of its full text report.
 """
 
+import functools
+import glob
 import json
 import math
 import numbers
@@ -35,8 +48,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from datasets import load_dataset
+from datasets import List, Value, load_dataset
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 
@@ -48,17 +62,15 @@ class RepoError(ValueError):
 
 QUESTION_PROMPT = "{question}\n\nReason step by step and put the final answer in \\boxed{}."
 
-REPHRASE_PROMPT = """Below are a problem and a reference solution to it.
+REPHRASE_PROMPT = """{question}
 
-Problem:
-{question}
-
-Reference solution:
+A correct solution of this problem:
 {knowledge}
 
-First understand why the reference solution is right. Then solve the problem anew in your own \
-words and your usual style, as if you had found the solution yourself. Never mention the \
-reference. Write only the solution, and put the final answer in \\boxed{}."""
+Make sure that you understand why each step is right. Then rewrite this solution in your own \
+words, step by step, for a reader who has only the problem. Change the wording, but keep every \
+step with its reason or calculation and every result, and only then end with: The final answer \
+is \\boxed{...}"""
 
 
 def setting(default, doc: str):
@@ -68,121 +80,173 @@ def setting(default, doc: str):
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of the algorithm. Each is a command-line flag too."""
+    """The settings of the algorithm: [source of the mechanism, source of the default value]."""
 
-    group_size: int = setting(8, "G, rollouts of each question (paper)")
-    batch_size: int = setting(16, "questions per step (ours, for one GPU; the paper has 512)")
-    max_new_tokens: int = setting(512, "longest completion, in tokens (ours)")
-    temperature: float = setting(1.0, "T: the policy is softmax(logits / T) (ours)")
+    group_size: int = setting(8, "G, rollouts of a question [reported, reported]")
+    batch_size: int = setting(16, "questions in a step [reported, ours; 512 is reported]")
+    max_new_tokens: int = setting(512, "longest completion in tokens [ours, ours; not reported]")
+    temperature: float = setting(1.0, "T: policy softmax(logits / T) [ours, ours; not reported]")
     guidance: Literal["rephrase", "verbatim", "none"] = setting(
         "rephrase",
-        "what an open gate lets in: rephrase (paper); for comparison (ours) verbatim, the expert's "
-        "own text, or none, which is plain GRPO",
+        "what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's "
+        "own text, or none, which is GRPO [ours]",
     )
-    fail_threshold: float = setting(0.5, "delta: a rollout with a lower reward has failed (ours)")
+    fail_threshold: float = setting(
+        0.5, "delta: a rollout with a lower reward has failed [reported, ours; not reported]"
+    )
     gate_threshold: float = setting(
-        1.0, "rho: the gate opens when at least this share of the group failed (ours)"
+        1.0, "rho: share of failures that opens the gate [reported, ours; not reported]"
     )
-    clip_epsilon: float = setting(0.2, "epsilon: the ratio is clipped to 1 ± epsilon (ours)")
-    kl_beta: float = setting(0.0, "beta, the weight of the KL term; 0 needs no reference (ours)")
-    updates_per_batch: int = setting(1, "optimizer steps on each batch of rollouts (ours)")
-    learning_rate: float = setting(1e-6, "1e-6 (paper); constant, AdamW, no weight decay (ours)")
-    max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm (ours)")
+    clip_epsilon: float = setting(
+        0.2, "epsilon: ratios are clipped to 1 ± epsilon [reported, ours; not reported]"
+    )
+    kl_beta: float = setting(
+        0.0, "beta, weight of the KL term; 0 needs no reference [reported, ours; not reported]"
+    )
+    updates_per_batch: int = setting(1, "optimizer steps on a batch [ours, ours; not reported]")
+    learning_rate: float = setting(1e-6, "of AdamW, constant, no weight decay [ours, reported]")
+    max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this [ours, ours]")
     micro_batch_tokens: int = setting(
-        8192,
+        4096,
         "tokens, padding included, in one pass of the update; changes speed and memory, not the "
-        "gradient; memory peaks at about 16 bytes x vocabulary per token (ours)",
+        "gradient. A token takes about 3.4 MB for 0.5 B weights, 5.2 MB for 1.5 B and 8.9 MB for "
+        "4 B, beside 16 bytes a weight [ours, ours]",
     )
-    question_prompt: str = setting(QUESTION_PROMPT, "the plain question q as a user's turn (ours)")
-    rephrase_prompt: str = setting(REPHRASE_PROMPT, "P(q,k) as a user's turn (ours)")
-    seed: int = setting(0, "of the sampling and of the order of the questions (ours)")
+    question_prompt: str = setting(QUESTION_PROMPT, "q as a user's turn [ours, ours]")
+    rephrase_prompt: str = setting(REPHRASE_PROMPT, "P(q,k) as a user's turn [paper, ours]")
+    seed: int = setting(0, "of the sampling and of the order of the questions [ours, ours]")
 
     def __post_init__(self):
-        """Errors: RepoError for values with which nothing could be learnt."""
-        smallest = dict(group_size=2, batch_size=1, max_new_tokens=1, updates_per_batch=1)
-        for name, minimum in smallest.items():  # a group of one has nothing to compare
-            if getattr(self, name) < minimum:
-                raise RepoError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if not self.temperature > 0:
-            raise RepoError(f"temperature is {self.temperature}; it must be above 0")
-        if not 0 <= self.gate_threshold <= 1:
-            raise RepoError(f"gate_threshold is {self.gate_threshold}; it must be a share of the "
-                            "group, 0 to 1")
-        if not 0 < self.fail_threshold <= 1:
-            raise RepoError(f"fail_threshold is {self.fail_threshold}; it must be above 0 and at "
-                            "most 1, to tell a reward of 0 from a reward of 1")
+        """Raises: RepoError for a value with which nothing could be learnt."""
+        rules = [  # name, does its value do, what it must be
+            ("group_size", self.group_size >= 2, "at least 2, or there is nothing to compare"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("updates_per_batch", self.updates_per_batch >= 1, "at least 1"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("guidance", self.guidance in ("rephrase", "verbatim", "none"), "one of the three"),
+            ("fail_threshold", 0 < self.fail_threshold <= 1, "above 0 and at most 1"),
+            ("gate_threshold", 0 <= self.gate_threshold <= 1, "a share of the group, 0 to 1"),
+            ("question_prompt", "{question}" in self.question_prompt, "a text with {question}"),
+            ("rephrase_prompt", "{knowledge}" in self.rephrase_prompt, "a text with {knowledge}"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise RepoError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
 
 @dataclass
-class Rollout:
-    """One completion of a question, with all that moves along when it is replaced."""
+class Completion:
+    """One text that answers a question: a rollout, a rephrase o_rep or the expert's own."""
 
-    prompt: list[int]  # token ids that the completion follows: of q in all that is trained
-    completion: list[int]  # token ids, with the end token, which is trained too
-    text: str  # the completion as the reward reads it
-    truncated: bool = False  # sampled, and max_new_tokens came before an end token
-    sampler_logps: list[float] | None = None  # log π_old per token; None for text from elsewhere
+    prompt: list  # token ids that it follows; in all that is trained, those of the plain q
+    tokens: list  # token ids, with the end token, which is trained too
+    text: str  # the tokens as the reward reads them
+    truncated: bool = False  # max_new_tokens came before an end token
+    sampler_logps: list = ()  # log π_old of each token, in nats; none for a text from elsewhere
+    old_logps: list = ()  # the same by the first pass of the update, for every text that is trained
     reward: float = 0.0
+    advantage: float = math.nan  # until its group has been compared
+    draft: str = ""  # of o_rep: what the policy wrote, before cleaning
+    replaced: "Completion | None" = None  # of a text let in: the rollout whose place it took
+
+
+# ---------------------------------------------------------------------------- the algorithm box
+
+
+def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=None):
+    """One step of RePO on `problems`, dicts of question, knowledge and answer. Trains in place.
+
+    `reference` is the π_ref of the KL term. Returns (metrics, the groups as trained, the guides:
+    the texts that were offered to open gates).
+    """
+    model.eval()  # with dropout the trained policy would not be the one that was sampled
+
+    # 1. Rollout: o_1..o_G ~ π_old(·|q), each with its reward.
+    groups = rollout(model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn)
+
+    # 2. Rephrase: o_rep ~ π_old(·|P(q,k)). The gate belongs to step 3, but is asked here (ours):
+    #    where it is closed, o_rep need not be written.
+    hard = []
+    for problem, group in zip(problems, groups):
+        rewards = [o.reward for o in group]
+        if gate_opens(rewards, cfg.fail_threshold, cfg.gate_threshold):
+            hard.append((problem, group))
+    guides = guidance(model, tokenizer, [problem for problem, _ in hard], cfg, reward_fn)
+
+    # 3. Injection: o_rep takes the place of the worst rollout.
+    for (_, group), o_rep in zip(hard, guides):
+        replace_worst(group, o_rep)
+
+    # 4. Update: group-relative advantages, then the clipped policy gradient under the plain q.
+    assign_advantages(groups)
+    updated = update(model, optimizer, groups, cfg, reference)
+
+    metrics = step_metrics(model, tokenizer, hard, groups, guides, cfg)
+    return {**metrics, **updated}, groups, guides
 
 
 # ------------------------------------------------------------------------------------ 1. rollout
 
 
-def fill(template: str, problem: dict) -> str:
-    """The template with {question} and {knowledge} filled in; other braces stay as they are."""
-    return re.sub(r"\{(question|knowledge)\}", lambda slot: problem[slot[1]], template)
+def timed(function):
+    """The function, which also notes in its `.seconds` how long its last call took."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        call.seconds = time.perf_counter() - start
+        return result
+
+    return call
 
 
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of the user's turn `text`, up to where the assistant's answer begins.
+@timed
+def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
+    """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
 
-    Control tokens that the text spells out stay text (`sanitize_control_tokens`). A thinking model
-    is asked not to think (ours): o_rep has no thoughts, and would teach it to leave them out.
-    Errors: RepoError if the chat template opens a block of thoughts all the same.
+    Raises: RepoError if most begin with thoughts: o_rep has none, and would teach to leave them
+    out, while thoughts cut off here would not be what was sampled (ours).
     """
-    if not tokenizer.chat_template:  # a base model; after a line break no token begins with a blank
-        ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append EOS
-    chat = [{"role": "user", "content": text}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False,
-                                        sanitize_control_tokens=True).input_ids
-    if re.search(r"<[^<>/]*(think|reason)[^<>/]*>\s*$", tokenizer.decode(ids[-16:])):
-        raise RepoError("the chat template opens a block of thoughts even with enable_thinking="
-                        "False, and a rephrase has none; use a model that can answer without")
-    return ids
+    questions = [fill(cfg.question_prompt, problem) for problem in problems]
+    groups = complete(model, tokenizer, questions, num_samples, temperature, cfg)
+    for group, problem in zip(groups, problems):
+        for completion in group:
+            score(completion, problem, reward_fn)
+    if mean("<think" in tokenizer.decode(o.tokens[:8]) for group in groups for o in group) > 0.5:
+        raise RepoError(
+            "the model thinks before it answers (<think>), a rephrase does not; use a "
+            "model or a chat template that answers without thoughts"
+        )
+    return groups
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """The ids that end a completion; the first is what the chat template writes after an answer.
+def score(completion, problem, reward_fn):
+    """Sets the reward R(o): the one place where `reward_fn(text, answer)` is called.
 
-    That is `<end_of_turn>` for Gemma and `<|end|>` for Phi, where the tokenizer's EOS is another.
-    To find it, an answer of 42 is put through the template.
+    Raises: RepoError with question and text if it is not a finite number.
     """
-    ends = []
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "42"}]
-        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("42")[2]
-        after = tokenizer(after, add_special_tokens=False).input_ids
-        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1]
-    configured = model.generation_config.eos_token_id  # an id, several or None
-    ends += [tokenizer.eos_token_id]
-    ends += configured if isinstance(configured, list) else [configured]
-    return [i for i in ends if i is not None]
+    reward = reward_fn(completion.text, problem["answer"])
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        raise RepoError(
+            f"the reward function must return a finite number, and returned {reward!r}"
+            f"\nquestion: {problem['question']}\ncompletion: {completion.text}"
+        )
+    completion.reward = float(reward)
 
 
-def pad(rows, side, device):
-    """Lists of unequal lengths as one tensor [B, longest], filled up with 0 on the side given."""
-    tensors = [torch.tensor(row, device=device) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_side=side)
-
-
-def autocast(model):
-    """On CUDA bf16 matrix products, and so bf16 logits, over fp32 weights; elsewhere fp32.
-
-    In bf16 weights a step of 1e-6 would vanish. The softmax is always taken in fp32.
-    """
-    device = model.device.type
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+def complete(model, tokenizer, turns, num_samples, temperature, cfg):
+    """`num_samples` answers to each user's turn, a list for each turn, not yet rewarded."""
+    prompts = [encode_prompt(tokenizer, turn) for turn in turns]
+    ends = end_tokens(model, tokenizer)
+    drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, ends)
+    groups = [[] for _ in prompts]
+    for i, (ids, logps) in enumerate(drawn):
+        n = i // num_samples
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        groups[n].append(Completion(prompts[n], ids, text, ids[-1] not in ends, logps))
+    return groups
 
 
 @torch.no_grad()
@@ -205,13 +269,21 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
 
     with autocast(model):
         for t in range(max_new_tokens):
-            output = model(inputs, attention_mask=mask, position_ids=positions, cache=cache,
-                           use_cache=True, logits_to_keep=1)
+            output = model(
+                inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
             cache = output.get("cache")  # past_key_values before transformers 5.24
             if not hasattr(cache, "reorder_cache"):
-                raise RepoError(f"{type(model).__name__} keeps no cache whose rows can be "
-                                "rearranged; use another model")
+                raise RepoError(
+                    f"{type(model).__name__} keeps no cache whose rows can be rearranged; use "
+                    "another model"
+                )
             if t == 0:  # each prompt has been read once; now one copy of it for each sample
                 copies = torch.arange(len(prompts), device=model.device)
                 copies = copies.repeat_interleave(num_samples)  # 0 0 0 1 1 1 ...
@@ -239,82 +311,110 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     return completions
 
 
-def complete(model, tokenizer, turns, num_samples, temperature, cfg) -> list[list[Rollout]]:
-    """`num_samples` answers to each user's turn, a list for each turn, not yet rewarded."""
-    prompts = [encode_prompt(tokenizer, turn) for turn in turns]
-    ends = end_tokens(model, tokenizer)
-    drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, ends)
-    groups = [[] for _ in prompts]
-    for i, (ids, logps) in enumerate(drawn):
-        n = i // num_samples
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        truncated = ids[-1] not in ends
-        groups[n].append(Rollout(prompts[n], ids, text, truncated, sampler_logps=logps))
-    return groups
+def fill(template: str, problem: dict) -> str:
+    """The template with {question} and {knowledge} filled in; other braces stay as they are."""
+    return re.sub(r"\{(question|knowledge)\}", lambda slot: problem[slot[1]], template)
 
 
-def checked_reward(reward_fn, text: str, problem: dict) -> float:
-    """reward_fn(text, answer). Errors: RepoError with question and text if it is not finite."""
-    reward = reward_fn(text, problem["answer"])
-    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-        raise RepoError(f"the reward function must return a finite number and returned {reward!r}\n"
-                        f"question: {problem['question']}\ncompletion: {text}")
-    return float(reward)
+def chat(tokenizer, *contents):
+    """(turns of user, assistant, user; the text they make) in a shape that the template can show.
+
+    Raises: RepoError if it refuses all shapes or leaves out what the user says.
+    """
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    system = {"role": "system", "content": ""}
+    for shape in (turns, parts, [system, *turns]):
+        try:
+            shown = tokenizer.apply_chat_template(shape, tokenize=False)
+        except Exception:  # a template is a program, and raises what it likes
+            continue
+        if contents[0].strip() in shown:
+            return shape, shown
+    raise RepoError("the chat template refuses or leaves out what the user says; use another")
 
 
-def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
-    """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of Rollouts for each problem."""
-    questions = [fill(cfg.question_prompt, problem) for problem in problems]
-    groups = complete(model, tokenizer, questions, num_samples, temperature, cfg)
-    for group, problem in zip(groups, problems):
-        for r in group:
-            r.reward = checked_reward(reward_fn, r.text, problem)
-    return groups
+def encode_prompt(tokenizer, text):
+    """Token ids of the user's turn `text`, up to where the assistant's answer begins.
+
+    Control tokens that the text spells out stay text (`sanitize_control_tokens`). A thinking model
+    is asked not to think.
+    Raises: RepoError if the chat template opens a block of thoughts all the same.
+    """
+    if not getattr(tokenizer, "chat_template", None):  # a base model
+        # After a line break no token begins with a blank. Some tokenizers append an EOS.
+        ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+    turns, _ = chat(tokenizer, text)
+    ids = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, enable_thinking=False, sanitize_control_tokens=True
+    ).input_ids
+    if re.search(r"<[^<>/]*(think|reason)[^<>/]*>\s*$", tokenizer.decode(ids[-16:])):
+        raise RepoError(
+            "the chat template opens a block of thoughts even with enable_thinking="
+            "False, and a rephrase has none; use a model that can answer without"
+        )
+    return ids
+
+
+def end_tokens(model, tokenizer):
+    """The ids that end a completion; the first is what the chat template writes after an answer.
+
+    That is `<end_of_turn>` for Gemma and `<|end|>` for Phi, where the tokenizer's EOS is another.
+    Raises: RepoError if there is none.
+    """
+    ends = []
+    if getattr(tokenizer, "chat_template", None):
+        _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
+        _, found, after = shown.rpartition("4242.")
+        after = tokenizer(after if found else "", add_special_tokens=False).input_ids
+        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1]
+    configured = model.generation_config.eos_token_id  # an id, several or None
+    ends += [tokenizer.eos_token_id]
+    ends += configured if isinstance(configured, list) else [configured]
+    ends = [i for i in ends if i is not None]
+    if not ends:
+        raise RepoError("no token ends an answer; set the tokenizer's eos_token")
+    return ends
+
+
+def pad(rows, side, device):
+    """Lists of unequal lengths as one tensor [B, longest], filled up with 0 on the side given."""
+    tensors = [torch.tensor(row, device=device) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_side=side)
+
+
+def autocast(model):
+    """On CUDA bf16 matrix products, and so bf16 logits, over fp32 weights; elsewhere fp32.
+
+    In bf16 weights a step of 1e-6 would vanish. The softmax is always taken in fp32. Cards that
+    only emulate bf16 (T4, V100) are quicker in fp32.
+    """
+    device = model.device.type
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 # ----------------------------------------------------------------------------------- 2. rephrase
 
-THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.S)
-CONTROL_TOKEN = re.compile(  # <|im_start|>assistant, </s>, <end_of_turn> ...
-    r"(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
-)
-META = re.compile(
-    r"rephras|paraphras|(?:my|your) own words|\banew\b"
-    r"|(?:reference|expert|(?:the|your) provided)(?:'s|’s)? (?:\w+ )?(?:solution|answer)\b"
-    r"(?! choice)"
-    r"|the reference\b(?! (?:angle|frame|point|line|level|group|value|triangle|number|circle)s?\b)"
-    r"|^\W*(?:sure|certainly|of course|understood)[!.]"
-    r"|here(?:'s|’s| is) (?:an?|the|my)(?: [\w-]+){0,2} solution\b(?! set)",
-    re.I,
-)
 
-
-def clean_rephrase(text: str) -> str:
-    """The text without what betrays that it is a rephrase, to read as a direct answer to q.
-
-    Thoughts go. Where control tokens are spelled as text, the first part between them stays. Every
-    sentence that speaks of the reference or of rephrasing goes, even if it holds the answer: then
-    the reward says no. To delete such text is the paper's; the patterns, usual wordings, are ours.
+@timed
+def guidance(model, tokenizer, problems, cfg, reward_fn):
+    """Step 2: a text for each problem with its reward: o_rep, or by `cfg.guidance` the expert's own
+    text, or none at all.
     """
-    text = THOUGHTS.sub("", text)
-    parts = [part for part in CONTROL_TOKEN.split(text) if part.strip()]
-    sentences = re.split(r"(?<=[.!?:])(?=\s)|(?<=:\*\*)|(?<=\n)", parts[0] if parts else "")
-    return "".join(s for s in sentences if not META.search(s)).strip()
+    if cfg.guidance == "none" or not problems:
+        return []
+    write = rephrase if cfg.guidance == "rephrase" else expert_completions
+    guides = write(model, tokenizer, problems, cfg)
+    for guide, problem in zip(guides, problems):
+        score(guide, problem, reward_fn)
+    return guides
 
 
-def as_rollout(tokenizer, problem, text, end, cfg) -> Rollout:
-    """A text from elsewhere as a completion of the plain question, never of P(q,k) (Eq. 11).
-
-    It is encoded as what follows a prompt: no BOS, nothing in it becomes a control token, and the
-    ids in `end` close it. So the text is always encoded anew, even where cleaning changed nothing.
-    """
-    prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problem))
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return Rollout(prompt, ids + end, text)
-
-
-def rephrase(model, tokenizer, problems, cfg) -> list[Rollout]:
-    """Step 2: one o_rep ~ π_old(·|P(q,k)) per problem (Eq. 5), cleaned, as a completion of q.
+def rephrase(model, tokenizer, problems, cfg):
+    """o_rep ~ π_old(·|P(q,k)) for each problem (Eq. 5), cleaned, as a completion of the plain q.
 
     Drawn at the rollouts' temperature (ours). The draft's end token closes it; a truncated draft
     has none, and so its o_rep has none.
@@ -323,38 +423,108 @@ def rephrase(model, tokenizer, problems, cfg) -> list[Rollout]:
     drafts = complete(model, tokenizer, turns, 1, cfg.temperature, cfg)
     rephrases = []
     for problem, (draft,) in zip(problems, drafts):
-        text = clean_rephrase(draft.text)
-        end = draft.completion[-1:]
-        if draft.truncated and text:  # an empty text keeps it, as no completion may be empty
-            end = []
-        rephrases.append(as_rollout(tokenizer, problem, text, end, cfg))
+        end = [] if draft.truncated else draft.tokens[-1:]
+        o_rep = as_completion(tokenizer, problem, clean_rephrase(draft.text), end, cfg)
+        o_rep.draft, o_rep.truncated = draft.text, draft.truncated
+        rephrases.append(o_rep)
     return rephrases
+
+
+def expert_completions(model, tokenizer, problems, cfg):
+    """The experts' own texts as completions of their questions."""
+    end = end_tokens(model, tokenizer)[:1]
+    return [as_completion(tokenizer, p, p["knowledge"], end, cfg) for p in problems]
+
+
+def as_completion(tokenizer, problem, text, end, cfg):
+    """A text from elsewhere as a completion of the plain question, never of P(q,k) (Eq. 11).
+
+    It is encoded as what follows a prompt: no BOS, nothing in it becomes a control token, and the
+    ids in `end` close it. So the text is always encoded anew, even where cleaning changed nothing.
+    """
+    prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problem))
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return Completion(prompt, ids + end, text)
+
+
+OUTSIDE = re.compile(  # thoughts, even if never opened or closed; control tokens spelled as text
+    r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
+    r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
+)
+SENTENCE = re.compile(  # with the "2." or "Note:" before it
+    r"[ \t*_#>(-]*(?:\d+\.|\w+:)?.*?(?:[.!?:][*_)\"'”’]*(?=\s)|\n|$)"
+)
+SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
+SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it anew
+    r"(?i)\b(?:my|your) own words\b|\bsolve (?:it|the problem) anew\b"
+    r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b(?! (?:the|this) (?:problem|question)| as)"
+    rf"|\b(?:rewritten|reference|provided|expert(?:['’]s)?) (?:\w+ )?(?:version|{SOLUTION})"
+    r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
+    rf"|\b{SOLUTION} (?:above|given|you gave|says|states|explains)\b"
+    r"|(?:according to|match\w*|agree\w* with|consistent with|follow\w*|as (?:in|shown in)) the"
+    rf" (?:above|correct|given|model|original|sample) {SOLUTION}"
+)
+CHATTER = re.compile(  # of no matter in the middle, but no beginning or end of an answer
+    r"(?i)^[\W_]*$|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
+    r"|^\W*(?:[\w ]+[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
+    rf"(?:version|{SOLUTION})[^=\\\d]*$"
+    r"|\bI hope (?:it|that|this) (?:\w+ )?(?:clarifies|helps|is clear)|\blet me know (?:how|if)\b"
+    r"|\bfeel free to\b|\bif you have any\b"
+)
+
+
+def clean_rephrase(text):
+    """The draft without what betrays that it is a rephrase, to read as a direct answer to q.
+
+    Thoughts go, and what follows a control token spelled as text. At both ends sentences go that
+    speak of the source or only chat. If what stays still speaks of its source, it is refused:
+    nothing stays, as a cut in the middle would leave a hole, and train it. To delete such text is
+    the paper's; to refuse, and the patterns, some usual English wordings, are ours.
+    """
+    text = next(filter(str.strip, OUTSIDE.split(text.rstrip("\ufffd"))), "")
+    sentences = SENTENCE.findall(text)
+    kept = []
+    for n, sentence in enumerate(sentences):
+        if not SOURCE.search(sentence) and not CHATTER.search(sentence):
+            kept.append(n)
+    answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
+    return "" if SOURCE.search(answer) else answer.strip()
 
 
 # ---------------------------------------------------------------------------------- 3. injection
 
 
-def gate_opens(rewards, fail_threshold, gate_threshold) -> bool:
-    """γ_fail ≥ ρ, where γ_fail is the share of a group's rewards below δ (paper)."""
+def gate_opens(rewards, fail_threshold, gate_threshold):
+    """γ_fail ≥ ρ, where γ_fail is the share of a group's rewards below δ (reported)."""
     failed = sum(reward < fail_threshold for reward in rewards)
     return failed / len(rewards) >= gate_threshold
 
 
-def replace_worst(group: list[Rollout], guide: Rollout) -> bool:
-    """Puts the guide, o_rep, in the place of the group's lowest reward (paper); True if it did.
+def replace_worst(group, guide):
+    """Puts the guide, o_rep, in the place of the group's lowest reward (paper); True if so.
 
     The first among equals, and only if the guide's own reward is higher (both ours). With rewards
     of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would join a group of zeros,
     which has no advantages. With graded rewards a worse guide would make the failures look good.
+    An empty text, which is what a refused draft leaves, stays out whatever its reward.
     """
-    worst = min(range(len(group)), key=lambda i: group[i].reward)
-    if guide.reward <= group[worst].reward:
-        return False
-    group[worst] = guide
-    return True
+    worst = min(group, key=lambda o: o.reward)
+    better = guide.text != "" and guide.reward > worst.reward
+    if better:
+        group[group.index(worst)] = guide
+        guide.replaced = worst
+    return better
 
 
 # ------------------------------------------------------------------------------------- 4. update
+
+
+def assign_advantages(groups):
+    """Step 4 begins: gives each completion its A_i, relative to the rewards of its group."""
+    rewards = torch.tensor([[o.reward for o in group] for group in groups], dtype=torch.float64)
+    for group, advantages in zip(groups, group_advantages(rewards).tolist()):
+        for completion, advantage in zip(group, advantages):
+            completion.advantage = advantage
 
 
 def group_advantages(rewards):
@@ -369,8 +539,61 @@ def group_advantages(rewards):
     return advantages.masked_fill(all_equal, 0.0).float()
 
 
-def token_logps(model, rollouts, temperature):
-    """log π_θ(o_t | q, o_<t) of every completion token, rollout after rollout: [Σ|o_i|], fp32.
+@timed
+def update(model, optimizer, groups, cfg, reference=None):
+    """Step 4 ends: `updates_per_batch` optimizer steps up J (Eq. 11). Returns metrics.
+
+    With one update the policy that is trained is the one that sampled: the ratio is exactly 1, the
+    clip never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
+    Raises: before the weights move, RepoError if kl_beta is set without a reference and where
+    `sampler_diff` does, RuntimeError if the gradient is not finite.
+    """
+    if cfg.kl_beta and reference is None:
+        raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
+    # Without an advantage and a KL term a completion has no gradient. The count is of all: neither
+    # leaving those out nor cutting the rest into micro-batches can change the sum.
+    count = sum(map(len, groups))
+    trained = [o for group in groups for o in group if o.advantage or cfg.kl_beta]
+    kls, norms, clipped, difference = [], [], [], None
+    for _ in range(cfg.updates_per_batch if trained else 0):
+        optimizer.zero_grad()  # also of what a step that was stopped may have left
+        for batch in micro_batches(trained, cfg.micro_batch_tokens):
+            lengths = [len(o.tokens) for o in batch]
+            logps = token_logps(model, batch, cfg.temperature)  # [tokens]
+            # π_old(·|q) is the first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
+            # (ours): it costs nothing, and no other code path can disturb the ratio.
+            for completion, first_pass in zip(batch, logps.detach().split(lengths)):
+                completion.old_logps = completion.old_logps or first_pass.tolist()
+            old_logps = flat([o.old_logps for o in batch], logps)
+            advantages = flat([[o.advantage] * len(o.tokens) for o in batch], logps)
+            weights = flat([[1 / (count * n)] * n for n in lengths], logps)  # 1/(B G) 1/|o_i|
+            loss, acts = policy_loss(logps, old_logps, advantages, weights, cfg.clip_epsilon)
+            if cfg.kl_beta:
+                with torch.no_grad():
+                    reference_logps = token_logps(reference, batch, cfg.temperature)
+                kl = kl_loss(logps, reference_logps, weights)
+                loss = loss + cfg.kl_beta * kl
+                kls.append(kl.item())
+            loss.backward()
+            clipped += acts.tolist()
+        difference = sampler_diff(trained)
+        norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
+        )
+        norms.append(norm.item())
+        optimizer.step()
+    optimizer.zero_grad()  # sampling can use their memory
+    return {
+        "kl": sum(kls) / cfg.updates_per_batch if kls else None,
+        "grad_norm": mean(norms),  # before it is scaled down
+        "clip_ratio": mean(clipped),
+        "sampler_logp_diff": difference,
+    }
+
+
+def token_logps(model, completions, temperature):
+    """log π_θ(o_t | q, o_<t) of every completion token, one completion after the other:
+    [Σ|o_i|], fp32, in nats.
 
     Padding is on the right, where a causal model never looks. The logits at a place predict the
     token at the next one, so those before the end of the shortest prompt are not needed. Here
@@ -380,9 +603,9 @@ def token_logps(model, rollouts, temperature):
         prompt a b, completion C D      a b C D     the logits at places 1 and 2 predict C and D
         prompt e,   completion F        e F . .     the logits at place 0 predict F
     """
-    ids = pad([r.prompt + r.completion for r in rollouts], "right", model.device)  # [B, L]
-    masks = [[0] * len(r.prompt) + [1] * len(r.completion) for r in rollouts]
-    first = min(len(r.prompt) for r in rollouts)  # the first place that can hold a completion
+    ids = pad([o.prompt + o.tokens for o in completions], "right", model.device)  # [B, L]
+    masks = [[0] * len(o.prompt) + [1] * len(o.tokens) for o in completions]
+    first = min(len(o.prompt) for o in completions)  # the first place that can hold a completion
     targets = ids[:, first:]  # [B, L - first]
     is_completion = pad(masks, "right", model.device)[:, first:].bool()  # [B, L - first]
     needed = targets.shape[1]
@@ -398,7 +621,7 @@ def policy_loss(logps, old_logps, advantages, weights, clip_epsilon):
 
     Eq. 11. Inputs are [tokens]. Returns the loss [] and where the clip acts, [tokens].
     """
-    ratio = (logps - old_logps).exp()
+    ratio = bounded_exp(logps - old_logps)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantages
     loss = -(weights * torch.minimum(unclipped, clipped)).sum()
@@ -408,7 +631,47 @@ def policy_loss(logps, old_logps, advantages, weights, clip_epsilon):
 def kl_loss(logps, reference_logps, weights):
     """Σ_t w_t (r_t - log r_t - 1) with r_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
     log_ratio = reference_logps - logps
-    return (weights * (log_ratio.exp() - log_ratio - 1)).sum()
+    return (weights * (bounded_exp(log_ratio) - log_ratio - 1)).sum()
+
+
+def bounded_exp(log_ratio):
+    """exp, but of 60 at most: infinity times the 0 of the clip would be a NaN in the gradient."""
+    return log_ratio.clamp(max=60.0).exp()
+
+
+def flat(rows, like):
+    """Lists of numbers, one after the other, as a tensor on the device of `like`."""
+    return torch.tensor([value for row in rows for value in row], device=like.device)
+
+
+def micro_batches(completions, max_tokens):
+    """The completions in batches of equally many rows (the last may have fewer): as many as the
+    longest lets into `max_tokens`, at least one. The longest come first: memory runs out at once or
+    never.
+    """
+    completions = sorted(completions, key=lambda o: len(o.prompt + o.tokens), reverse=True)
+    rows = max(1, max_tokens // len(completions[0].prompt + completions[0].tokens))
+    return [completions[i : i + rows] for i in range(0, len(completions), rows)]
+
+
+def sampler_diff(completions):
+    """max |log π of the sampler - log π of the trainer| over the tokens sampled under q, in nats.
+
+    Raises: RepoError if the mean is above 0.1 nats a token. Rounding in bf16 gives some 0.03 at any
+    temperature (a single token may be 2 nats apart at T = 0.1), sampling at 0.3 T some 0.5.
+    """
+    logps = [pair for o in completions for pair in zip(o.sampler_logps, o.old_logps)]
+    differences = [abs(sampler - trainer) for sampler, trainer in logps]
+    if logps and not mean(differences) <= 0.1:  # also for a NaN, which is above nothing
+        raise RepoError(
+            f"sampler and trainer are {mean(differences):.1f} nats a token apart: this model "
+            "ignores positions or attention masks, or keeps a cache whose rows cannot be "
+            "rearranged; use another"
+        )
+    return max(differences, default=None)
+
+
+# -------------------------------------------------------------------------------- what is measured
 
 
 def mean(values):
@@ -417,169 +680,63 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-def micro_batches(rollouts, indices, max_tokens) -> list[list[int]]:
-    """The indices in batches of equally many rows (the last may have fewer): as many as the longest
-    rollout lets into `max_tokens`, at least one. The longest come first: memory runs out at once or
-    never.
-    """
-    sizes = {i: len(rollouts[i].prompt) + len(rollouts[i].completion) for i in indices}
-    order = sorted(sizes, key=sizes.get, reverse=True)
-    rows = max(1, max_tokens // max(sizes.values(), default=1))
-    return [order[i : i + rows] for i in range(0, len(order), rows)]
-
-
-def sampler_diff(rollouts, logps) -> float:
-    """max |log π of the sampler - log π of the trainer| over the tokens sampled under q, in nats.
-
-    Errors: RepoError above 5 nats, which no rounding explains.
-    """
-    largest = 0.0
-    per_rollout = logps.cpu().split([len(r.completion) for r in rollouts])
-    for r, trained in zip(rollouts, per_rollout):
-        if r.sampler_logps:
-            difference = trained - torch.tensor(r.sampler_logps)
-            largest = max(largest, difference.abs().max().item())
-    if largest > 5:
-        raise RepoError(f"sampler and trainer are {largest:.1f} nats apart on a token: this model "
-                        "ignores positions or attention masks, or keeps a cache whose rows cannot "
-                        "be rearranged; use another")
-    return largest
-
-
-def update(model, optimizer, groups, cfg, reference=None) -> dict:
-    """Step 4: `updates_per_batch` optimizer steps on the final groups. Returns metrics.
-
-    With one update the policy that is trained is the one that sampled: the ratio is exactly 1, the
-    clip never acts and the gradient is REINFORCE's; the loss is then near 0, as the advantages of a
-    group sum to 0. A batch without signal changes nothing (ours).
-    Errors: RuntimeError, before that step, if the gradient is not finite.
-    """
-    rewards = [[r.reward for r in group] for group in groups]
-    rewards = torch.tensor(rewards, dtype=torch.float64)  # [B, G]
-    advantages = group_advantages(rewards).flatten().to(model.device)  # [N]
-    rollouts = [r for group in groups for r in group]
-    lengths = torch.tensor([len(r.completion) for r in rollouts], device=model.device)  # [N]
-    weights = 1 / (len(rollouts) * lengths)  # [N], of each token: 1/(B G) Σ_i 1/|o_i| Σ_t (paper)
-
-    # The weights are fixed now: neither leaving out rollouts that have no gradient nor cutting the
-    # rest into micro-batches can change the sum.
-    trained = [i for i, advantage in enumerate(advantages.tolist()) if advantage or cfg.kl_beta]
-    batches = micro_batches(rollouts, trained, cfg.micro_batch_tokens)
-
-    old_logps, losses, kls, norms, clipped, sampler_diffs = [], [], [], [], [], []
-    for epoch in range(cfg.updates_per_batch if batches else 0):
-        for n, batch in enumerate(batches):
-            part = [rollouts[i] for i in batch]
-            logps = token_logps(model, part, cfg.temperature)  # [tokens]
-            if epoch == 0:
-                # π_old(·|q) is this first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
-                # (ours): it costs nothing, and no other code path can disturb the ratio.
-                old_logps.append(logps.detach())
-                sampler_diffs.append(sampler_diff(part, old_logps[n]))
-            token_advantages = advantages[batch].repeat_interleave(lengths[batch])  # [tokens]
-            token_weights = weights[batch].repeat_interleave(lengths[batch])  # [tokens]
-            loss, is_clipped = policy_loss(logps, old_logps[n], token_advantages, token_weights,
-                                           cfg.clip_epsilon)
-            if cfg.kl_beta:
-                with torch.no_grad():
-                    reference_logps = token_logps(reference, part, cfg.temperature)
-                kl = kl_loss(logps, reference_logps, token_weights)
-                loss = loss + cfg.kl_beta * kl
-                kls.append(kl.item())
-            loss.backward()
-            losses.append(loss.item())
-            clipped += is_clipped.tolist()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm,
-                                              error_if_nonfinite=True)
-        norms.append(norm.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return {
-        "loss": sum(losses) / cfg.updates_per_batch,
-        "kl": sum(kls) / cfg.updates_per_batch if kls else None,
-        "grad_norm": mean(norms),  # before it is scaled down
-        "clip_ratio": mean(clipped),
-        "sampler_logp_diff": max(sampler_diffs, default=None),
-    }
-
-
-# ---------------------------------------------------------------------------- the algorithm box
-
-
 @torch.no_grad()
-def mean_logp(model, rollouts, cfg):
-    """The mean over all tokens of log π(o_t | q, o_<t), in nats: how likely are these texts?"""
+def mean_logp(model, completions, cfg):
+    """The mean over all tokens of log π_θ(o_t | q, o_<t), in nats: how likely are these texts?"""
     logps = []
-    for batch in micro_batches(rollouts, range(len(rollouts)), cfg.micro_batch_tokens):
-        logps += token_logps(model, [rollouts[i] for i in batch], cfg.temperature).tolist()
+    for batch in micro_batches(completions, cfg.micro_batch_tokens):
+        logps += token_logps(model, batch, cfg.temperature).tolist()
     return mean(logps)
 
 
-def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=None):
-    """One step of RePO on `problems`, dicts of question, knowledge and answer. Trains in place.
+def step_metrics(model, tokenizer, hard, groups, guides, cfg):
+    """What a step shows, under TRL's names where it has one; None where there is nothing to see.
 
-    `reference` is the model of the KL term's π_ref. Returns (metrics, the groups as trained, the
-    guides that were offered). Errors: RepoError if kl_beta is set and no reference is given.
+    `hard` are the problems whose gate opened, with their groups. Rollouts are taken as they were
+    sampled, before any was replaced. Each `logp/` is a mean per token under the plain q, in nats,
+    where gates opened: of the experts' texts (after the update), of the rephrases let in, of the
+    policy's rollouts.
     """
-    if cfg.kl_beta and reference is None:
-        raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
-    model.eval()  # with dropout the trained policy would not be the one that was sampled
-    start = time.perf_counter()
-
-    # 1. Rollout.
-    groups = rollout(model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn)
-    sampled = [r for group in groups for r in group]  # the policy's own, before any replacement
-    sampled_at = time.perf_counter()
-
-    # 2. Rephrase, only where the gate of step 3 is open: a closed one then costs nothing (ours).
-    opened = []
-    for n, group in enumerate(groups):
-        rewards = [r.reward for r in group]
-        if cfg.guidance != "none" and gate_opens(rewards, cfg.fail_threshold, cfg.gate_threshold):
-            opened.append(n)
-    hard = [problems[n] for n in opened]
-    rephrases = []
-    if hard and cfg.guidance == "rephrase":
-        rephrases = rephrase(model, tokenizer, hard, cfg)
-
-    # How near to the policy is each kind of text? Its log-probability under q, where gates opened.
-    end = end_tokens(model, tokenizer)[:1]
-    experts = [as_rollout(tokenizer, p, p["knowledge"], end, cfg) for p in hard]
-    own = [r for n in opened for r in groups[n]]
-    policy_gap = {
-        "policy_gap/expert": mean_logp(model, experts, cfg),
-        "policy_gap/rephrase": mean_logp(model, rephrases, cfg),
-        "policy_gap/rollout": mean(logp for r in own for logp in r.sampler_logps),
+    own = [o.replaced or o for group in groups for o in group]
+    beside = [o.replaced or o for _, group in hard for o in group]
+    problems = [problem for problem, _ in hard]
+    experts = expert_completions(model, tokenizer, problems, cfg) if guides else []
+    rephrases = guides if cfg.guidance == "rephrase" else []
+    length = mean(len(o.tokens) for o in rephrases)
+    no_signal = [len({(o.replaced or o).reward for o in group}) == 1 for group in groups]
+    return {
+        "reward": mean(o.reward for o in own),
+        "entropy": -mean(logp for o in own for logp in o.sampler_logps),  # estimated, in nats
+        "frac_reward_zero_std": mean(no_signal),
+        "completions/mean_length": mean(len(o.tokens) for o in own),
+        "completions/clipped_ratio": mean(o.truncated for o in own),
+        "injections": sum(guide.replaced is not None for guide in guides),
+        "rephrase/success": mean(o.reward >= cfg.fail_threshold for o in rephrases),
+        "rephrase/mean_length": length,
+        "rephrase/length_ratio": length and length / mean(len(o.tokens) for o in beside),
+        "rephrase/clipped_ratio": mean(o.truncated for o in rephrases),
+        "logp/expert": mean_logp(model, experts, cfg) if experts else None,
+        "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),
+        "logp/rollout": mean(logp for o in beside for logp in o.sampler_logps),
+        "seconds/sample": rollout.seconds,
+        "seconds/rephrase": guidance.seconds,
+        "seconds/update": update.seconds,
     }
 
-    # 3. Injection. Plain GRPO has no guides, so nothing happens.
-    guides = experts if cfg.guidance == "verbatim" else rephrases
-    injections = 0
-    for n, guide in zip(opened, guides):
-        guide.reward = checked_reward(reward_fn, guide.text, problems[n])
-        if replace_worst(groups[n], guide):
-            injections += 1
-    rephrased_at = time.perf_counter()
 
-    # 4. Update.
-    updated = update(model, optimizer, groups, cfg, reference)
-
-    metrics = {
-        "reward": mean(r.reward for r in sampled),
-        "fail_rate": mean(r.reward < cfg.fail_threshold for r in sampled),
-        "injections": injections,
-        "rephrase_success": mean(r.reward >= cfg.fail_threshold for r in rephrases),
-        **policy_gap,
-        "entropy": -mean(logp for r in sampled for logp in r.sampler_logps),  # estimated, in nats
-        "frac_reward_zero_std": mean(len({r.reward for r in group}) == 1 for group in groups),
-        "completions/mean_length": mean(len(r.completion) for r in sampled),
-        "completions/clipped_ratio": mean(r.truncated for r in sampled),
-        **updated,
-        "seconds/sample": sampled_at - start,
-        "seconds/rephrase": rephrased_at - sampled_at,
-        "seconds/update": time.perf_counter() - rephrased_at,
+def episode(problems, groups, guides):
+    """The first question whose gate opened, with all its texts and rewards, for a person."""
+    guide = guides[0]
+    n = [group[0].prompt for group in groups].index(guide.prompt)
+    rollouts = [o.replaced or o for o in groups[n]]
+    return {
+        **problems[n],
+        "rollouts": [{"reward": o.reward, "text": o.text} for o in rollouts],
+        "draft": guide.draft,
+        "guide": guide.text,
+        "reward": guide.reward,
+        "injected": guide.replaced is not None,
     }
-    return metrics, groups, guides
 
 
 def accuracy(model, tokenizer, problems, cfg, reward_fn):
@@ -587,68 +744,84 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
     model.eval()
     answers = []
     size = cfg.batch_size * cfg.group_size
-    for i in range(0, len(problems), size):
+    for i in tqdm(range(0, len(problems), size), "accuracy", leave=False, disable=None):
         answers += rollout(model, tokenizer, problems[i : i + size], 1, 0.0, cfg, reward_fn)
     return mean(answer.reward >= cfg.fail_threshold for (answer,) in answers)
 
 
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
 
-NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"
-    r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
+NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"; no longer than Fraction reads
+    r"(?!.{1000})[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
     r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
 )
-UNIT = (  # \text{ cm}^2, but neither a constant nor a conjunction
-    r"\\(?:text|mathrm|mbox)\{ ?(?!(?:[eix]|pi|or|and|to)\b)[a-zA-Z][a-zA-Z ./²³-]*\}"
-    r"(?:\^\{?[23]\}?)?"
+UNIT = (  # a final \text{cm}^2 behind a digit, but no word that scales the number or goes on
+    r"(?<=[0-9])\\text\{(?![^{}]*\b(?:[BEGIKMTXYZeiknxyz]|(?i:pi|and|or|to|not|no|is|at|than"
+    r"|bn|mn|mil|mio|grand|kilo|mega|giga|\w*illion\w*|thousand\w*|hundred\w*|lakhs?|crores?"
+    r"|dozens?|scores?|gross|tens?|pairs?|couples?|times|twice|fold|doubled?|tripled?|squared"
+    r"|cubed|factorial|base|mod|point|percent\w*|cent|pct|pp|ppm|basis|bps|half|halves|thirds?"
+    r"|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th"
+    r"))\b)[a-zA-Z][a-zA-Z ./²³-]*(?<! )\}(?:\^[23])?$"
 )
-REWRITES = [  # pattern, replacement: one after the other, each on what the ones before it left
-    ("−", "-"),
-    (r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})", ","),  # 1{,}000 and 1\,000
-    (r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\[,;:!$% ]|[$~]", " "),
-    (r"[%°]|\^ ?\\circ|\^ ?\{\\circ\}|\\degree", " "),
-    (r"\s+", " "),
-    (r" ?([^\w ,.]) ?", r"\1"),  # blanks around signs
-    (r"\.$", ""),
-    (r"^\\?(?!not=)[a-zA-Z]\w*=", ""),  # x =
-    (r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$", r"\1"),  # {{42}}
-    (r"\\[dt]frac", r"\\frac"),
-    (rf"^([+-]?)\\frac\{{(-?[\w.\\]+)\}}\{{([0-9]+|[a-z]|\\[a-z]+)\}}(?=(?:{UNIT})?$)", r"\1\2/\3"),
-    (rf"^({NUMBER}){UNIT}$", r"\1"),
-    (r"\\(?:text|mathrm|textbf|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
-]
+LABEL = rf"^(?:[a-zA-Z]\(\w\)|\\?(?!not=)[a-zA-Z]\w*)=(?!.*=)|{UNIT}"  # x=, f(x)= or a unit
+REWRITES = {  # pattern: replacement, one after the other, each on what the ones before it left
+    "−": "-",
+    r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})": ",",  # 1{,}000 and 1\,000
+    r"\\displaystyle(?![a-zA-Z])|\\(?:left|right)(?![a-z])\.?|(?<!\\)\\[,;:!$% ]|[$~]": " ",
+    r"[%°]|\^ ?\\circ|\^ ?\{\\circ\}|\\degree": " ",
+    r"\s+": " ",
+    r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.]) ?": r"\1",  # blanks around signs, and in \pm 3
+    r"\.$": "",
+    r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$": r"\1",  # {{42}}
+    r"\{bmatrix\}": "{pmatrix}",
+    r"(\\[gln]e)q(?![a-zA-Z])": r"\1",  # \leq is \le
+    r"\\(?:mathrm|mbox|textbf)(?=\{)": r"\\text",
+    r"([\^_])\{([0-9a-zA-Z])\}(?![0-9])": r"\1\2",  # x^{2}, but not x^{12}: x^12 is x^1 2
+    r"\\[dt]frac": r"\\frac",
+    r"\\(frac|sqrt)(?![a-zA-Z]) ?(\w)": r"\\\1{\2}",  # \sqrt34 is \sqrt{3}4
+    r"(\\frac\{[^{}]*\}) ?(\w)": r"\1{\2}",  # \frac{3}4
+    r"(?<![^=])([+-]?)\\frac\{(-?[\w.\\]+)\}\{([0-9]+|[a-z]|\\[a-z]+)\}(?=\\text\{|$)": r"\1\2/\3",
+    rf"(?!{UNIT})\\(?:text|mathbf)\{{([^{{}}]*)\}}": r" \1 ",
+    r"^\(?([A-J])[.)]*$": r"\1",  # a choice: (B), B) or B.
+}
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` holds, inner braces included; None if none or never closed."""
+def last_boxed(text: str) -> str:
+    r"""What the last `\boxed{...}` holds, inner braces included; "" if none or never closed."""
     _, found, tail = text.rpartition(r"\boxed")
-    tail = tail.lstrip()
+    tail = found and tail.lstrip()
     depth = 0
-    for i, char in enumerate(tail if found and tail.startswith("{") else ""):
+    for i, char in enumerate(tail):
         depth += (char == "{") - (char == "}")
-        if depth == 0:
+        if depth <= 0:  # the end, or no brace to begin with
             return tail[1:i]
-    return None
+    return ""
 
 
-def normalise(answer: str) -> Fraction | str:
-    r"""An exact number, or else text without typography; 2+2 is text, as nothing is evaluated."""
-    for pattern, replacement in REWRITES:
+def normalise(answer: str) -> tuple[Fraction | str, set]:
+    r"""(an exact number, or else text without typography; the labels `x=` and unit it had).
+
+    2+2 is text, as nothing is evaluated.
+    """
+    for pattern, replacement in REWRITES.items():
         answer = re.sub(pattern, replacement, answer.strip())
-    answer = answer.strip()
-    if re.fullmatch(NUMBER, answer) and len(answer) < 1000:
-        return Fraction(answer.replace(",", ""))
+    labels = set(re.findall(LABEL, answer))
+    answer = re.sub(LABEL, "", answer)
+    if re.fullmatch(NUMBER, answer):
+        return Fraction(answer.replace(",", "")), labels
     answer = re.sub(" ?, ?", ",", answer)
-    return answer.casefold() if re.fullmatch("[a-zA-Z ]{2,}", answer) else answer
+    return answer.casefold() if re.fullmatch("[a-zA-Z ]{2,}", answer) else answer, labels
 
 
 def boxed_reward(completion: str, answer: str) -> float:
     r"""1.0 if the last `\boxed{...}` is the answer, else 0.0, for any string, in linear time.
 
+    One side may have labels that the other lacks: x=3 is 3, and 3 cm is 3, but 3 cm is not 3 m.
     When in doubt 0.0: a false "right" teaches a mistake, a false "wrong" only misses a chance.
     """
-    box = normalise(last_boxed(completion) or "")
-    return float(box != "" and box == normalise(answer))
+    box, labels = normalise(last_boxed(completion))
+    gold, others = normalise(answer)
+    return float(box == gold != "" and (labels <= others or others <= labels))
 
 
 # --------------------------------------- the command line: a real model, real data, one device
@@ -660,7 +833,7 @@ class Run:
 
     model: str = setting(MISSING, "hub name or folder of a causal language model")
     dataset: str = setting(MISSING, "hub name, or a .json, .jsonl, .csv or .parquet file")
-    out: str = setting(MISSING, "folder for metrics.jsonl, the checkpoint and the model")
+    out: str = setting(MISSING, "folder for metrics, episodes, the checkpoint and the model")
     subset: str | None = setting(None, "configuration of the dataset, where it has several")
     split: str = setting("train", "split to train on, also a slice: train[:1000]")
     eval_split: str | None = setting(None, "split for the accuracy before and after training")
@@ -674,71 +847,115 @@ class Run:
 
 
 def load_model(name, device):
-    """(model with fp32 weights, tokenizer), by the library's defaults: no remote code is run."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    return model.to(device), AutoTokenizer.from_pretrained(name)
+    """(model with fp32 weights, tokenizer), by the library's defaults: no remote code is run.
 
-
-def in_box(value) -> str:
-    r"""A column's value as text; GSM8K's `#### 42` becomes `\boxed{42}`, and its `<<..>>` go."""
-    text = re.sub(r"<<[^<>]*=[^<>]*>>", "", "" if value is None else str(value))
-    return re.sub(r"####\s*(\S.*)", r"\\boxed{\1}", text).strip()
-
-
-def load_problems(run: Run, split: str) -> list[dict]:
-    """The split as dicts of question, knowledge and answer.
-
-    A record that lacks one of them is left out, and counted. Errors: RepoError if the dataset
-    cannot be read, has not these columns, or when nothing is left.
+    Raises: RepoError if they cannot be loaded or do not belong together.
     """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # an adapter without its base, a name that the hub does not know ...
+        raise RepoError(f"{name!r} is no causal language model to load: {error}") from error
+    rows = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) >= rows:
+        raise RepoError(f"{name!r} has a tokenizer of more tokens than its {rows} embeddings")
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False  # for a mixture of experts' own loss, not ours
+    return model.to(device), tokenizer
+
+
+PLAIN_TYPES = r"(large_)?string|u?int\d+|null"  # read as they are written
+
+
+def in_box(text):
+    r"""A text that ends in GSM8K's line `#### 42`, with `\boxed{42}` for it and without `<<..>>`.
+
+    Any other text stays as it is: there `####` is a heading, `<<` an operator, or a box is there.
+    """
+    mark = re.fullmatch(r"(?s)(?!.*\\boxed)((?:.*\n)?)#### *([^#\s][^\n]*)", text)
+    if not mark:
+        return text
+    solution = re.sub(r"<<[-+*/%().,\d ]+=[-.,\d]+>>(?=[-.\d])", "", mark[1])
+    return f"{solution}\\boxed{{{mark[2]}}}"
+
+
+def as_text(value):
+    """What a cell says: text, an integer, or the one turn of a chat besides the system's."""
+    match value:
+        case [{"content": str(turn)}] | [{"role": "system"}, {"content": str(turn)}]:
+            return turn.strip()
+        case None | list():
+            return ""
+    return str(value).strip()
+
+
+def load_problems(run, split):
+    r"""The split, also a slice of it, as dicts of question, knowledge and answer.
+
+    A record that lacks one of them is left out, and counted. The answer is the last `\boxed{}` of
+    its column, or else all its text, but not where that is all of the knowledge. The fields of a
+    column of dicts are columns: `reward_model.ground_truth`.
+    Raises: RepoError if a column cannot be read, or no record is left; also for numbers with a
+    point, dates, booleans or labels, whose spelling in the file is lost: 42 may have become 42.0.
+    """
+    columns = [run.question_column, run.knowledge_column, run.answer_column]
     readers = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub
-    files = run.dataset if reader else None
+    options = {"data_files": glob.escape(run.dataset)} if reader else {}
+    if reader == "csv":  # cells as they are written (007, NA), none the name of a row
+        options |= dict(converters=dict.fromkeys(columns, str), na_filter=False)
+        options |= dict(index_col=False, chunksize=None)
     try:
-        data = load_dataset(reader or run.dataset, run.subset, data_files=files, split=split)
-    except Exception as error:  # an empty file is a StopIteration
-        raise RepoError(f"{run.dataset!r} has no readable split {split!r}: {error!r}") from error
-    for column in (run.question_column, run.knowledge_column, run.answer_column):
-        if column not in data.column_names:
-            raise RepoError(f"the dataset has no column {column!r}, but {data.column_names}; "
-                            "set --question-column, --knowledge-column and --answer-column")
+        data = load_dataset(reader or run.dataset, run.subset, split=split, **options)
+        data = data.flatten().select_columns(columns)
+    except Exception as error:  # whatever a reader raises
+        raise RepoError(
+            f"{run.dataset!r} has no readable {columns} in {split!r}: "
+            f"{error.__cause__ or error!r}; a file must not be empty, and has only the split train, "
+            "or a part of it: train[:200]"
+        ) from error
+    for column, kind in data.features.items():
+        if isinstance(kind, List) and isinstance(kind.feature, dict):  # the turns of a chat
+            kind = kind.feature.get("content")
+        if not isinstance(kind, Value) or not re.fullmatch(PLAIN_TYPES, kind.dtype):
+            raise RepoError(f"column {column!r} holds {kind}; write text (dates: in a CSV file)")
     problems = []
     for record in data:
-        question = str(record[run.question_column] or "").strip()
-        knowledge = in_box(record[run.knowledge_column])
-        answer = in_box(record[run.answer_column])
-        boxed = last_boxed(answer)
-        if boxed or run.answer_column == run.knowledge_column:  # a solution's answer is its box
-            answer = boxed
-        if question and knowledge and answer:
-            problems.append(dict(question=question, knowledge=knowledge, answer=answer))
+        question, knowledge, answer = (as_text(record[column]) for column in columns)
+        answer = last_boxed(in_box(answer)) or answer
+        if question and knowledge and answer not in ("", knowledge):
+            problems.append(dict(question=question, knowledge=in_box(knowledge), answer=answer))
     print(f"{len(problems)} of {len(data)} records have question, knowledge and answer")
     if not problems:
-        raise RepoError(f"{run.dataset!r} has no usable record in {split!r}; check the columns")
+        raise RepoError(
+            f"{run.dataset!r} has no usable record in {split!r}: each needs text or a chat of one "
+            f"turn in {columns}; a solution needs its answer in a box or in a last line #### 42"
+        )
     return problems
 
 
-def check_lengths(problems, model, tokenizer, cfg):
-    """Errors: RepoError naming the first problem that does not fit the model's context.
+def fitting(problems, template, model, tokenizer, cfg):
+    """The problems whose prompt, the template filled in, leaves room for a completion.
 
-    P(q,k) is the longest prompt, and holds the expert's text.
+    The others are left out, and counted.
+    Raises: RepoError if none of them fits.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    for problem in problems:
-        prompt = encode_prompt(tokenizer, fill(cfg.rephrase_prompt, problem))
-        if len(prompt) + cfg.max_new_tokens > context:
-            raise RepoError(f"{len(prompt)} tokens of P(q,k) and max_new_tokens "
-                            f"{cfg.max_new_tokens} do not fit the model's context of {context}; "
-                            f"lower that or drop the problem: {problem['question']}")
+    room = context - cfg.max_new_tokens
+    kept = [p for p in problems if len(encode_prompt(tokenizer, fill(template, p))) <= room]
+    if kept != problems:
+        print(f"{len(kept)} of {len(problems)} problems leave room for {cfg.max_new_tokens} tokens")
+        if not kept:
+            raise RepoError(
+                f"no prompt and {cfg.max_new_tokens} tokens fit the model's context of {context}; "
+                "lower max_new_tokens"
+            )
+    return kept
 
 
-def draw_batch(problems, step, cfg) -> list[dict]:
-    """The problems of a step; also seeds its sampling. Both depend on seed and step alone, so a
-    resumed run needs no random state to equal one that was never stopped, on the same device. Each
-    step draws from all problems, without epochs (ours).
-    """
+def draw_batch(problems, step, cfg):
+    """The problems of a step, by seed and step alone: from all of them, without epochs (ours)."""
     draw = random.Random(f"{cfg.seed} {step}")
-    torch.manual_seed(draw.getrandbits(32))
     return draw.sample(problems, min(cfg.batch_size, len(problems)))
 
 
@@ -747,58 +964,88 @@ MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tok
 
 def save_checkpoint(file, log, model, optimizer, settings):
     """Writes beside the old file and then moves over it: a kill leaves the old one or the new."""
-    partial = file.with_suffix(".partial")
-    state = dict(log=log, settings=settings, model=model.state_dict(),
-                 optimizer=optimizer.state_dict())
-    torch.save(state, partial)
-    os.replace(partial, file)
+    state = dict(log=log, settings=settings)
+    state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
+    torch.save(state, file.with_suffix(".partial"))
+    os.replace(file.with_suffix(".partial"), file)
 
 
-def load_checkpoint(file, model, optimizer, settings) -> list[str]:
-    """Restores model and optimizer and returns the log, a line for each step done.
+def load_checkpoint(file, settings):
+    """What `save_checkpoint` wrote; the weights stay on disk until they are used.
 
-    Errors: RepoError if a setting has changed.
+    Raises: RepoError if a setting has changed.
     """
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    for name, value in state["settings"].items():
-        if settings[name] != value and name not in MAY_CHANGE:
-            raise RepoError(f"{file} was made with {name} = {value!r}, and now it is "
-                            f"{settings[name]!r}; change it back or choose another --out")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["log"]
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    for name, old in state["settings"].items():
+        if settings[name] != old and name not in MAY_CHANGE:
+            raise RepoError(
+                f"{file} was made with {name} = {old!r}, and now it is {settings[name]!r}; change "
+                "it back or choose another --out"
+            )
+    return state
 
 
 def train(run: Run, cfg: Config):
-    """The run of the command line. Errors: RepoError if --out holds a run, without --resume."""
+    """The run of the command line. What can be checked without the model is checked first.
+
+    Raises: RepoError if --out cannot be written, or holds a run and --resume is not given, or if
+    the reward takes no expert's text that is to be injected verbatim.
+    """
     out = Path(run.out)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
-    used = checkpoint.exists() or (metrics_file.exists() and metrics_file.read_text())
-    if used and not run.resume:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        metrics_file.touch()
+        torch.empty(0, device=run.device)
+    except (OSError, RuntimeError, AssertionError) as error:
+        raise RepoError(f"--out or --device cannot be used: {error}") from error
+    if not run.resume and (checkpoint.exists() or metrics_file.read_text()):
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
-    model, tokenizer = load_model(run.model, run.device)
-    reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
+    settings = {**asdict(run), **asdict(cfg)}
+    state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
-    check_lengths(problems + held_out, model, tokenizer, cfg)
+    if cfg.guidance == "verbatim":
+        if not any(boxed_reward(p["knowledge"], p["answer"]) for p in problems):
+            raise RepoError("the reward takes no expert's text: none ends in \\boxed{the answer}")
+
+    model, tokenizer = load_model(run.model, run.device)
+    reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
+    problems = fitting(problems, cfg.rephrase_prompt, model, tokenizer, cfg)
+    held_out = fitting(held_out, cfg.question_prompt, model, tokenizer, cfg)
     before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
+    )
+    log = {"metrics.jsonl": [], "episodes.jsonl": []}  # the lines of both files
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        log = state["log"]
+    for name, lines in log.items():
+        (out / name).write_text("".join(lines))  # a killed run may be past its checkpoint
 
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0.0,
-                                  fused=True)
-    settings = {**asdict(run), **asdict(cfg)}
-    log = []
-    if checkpoint.exists():
-        log = load_checkpoint(checkpoint, model, optimizer, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    metrics_file.write_text("".join(log))  # a killed run may be past its checkpoint
-
-    for step in range(len(log), run.steps):
+    done = len(log["metrics.jsonl"])
+    bar = tqdm(range(done, run.steps), initial=done, total=run.steps, disable=None)
+    for step in bar:
+        # Batch and samples depend on seed and step alone, so a resumed run needs no random state
+        # to equal one that was never stopped, on the same device.
         batch = draw_batch(problems, step, cfg)
-        metrics, _, _ = train_step(model, tokenizer, optimizer, batch, cfg, boxed_reward, reference)
-        log.append(json.dumps({"step": step, **metrics}) + "\n")
-        with metrics_file.open("a") as file:
-            file.write(log[-1])
-        print(f"step {step}: reward {metrics['reward']:.3f}, {metrics['injections']} injections")
+        torch.manual_seed(1_000_000 * cfg.seed + step)
+        metrics, groups, guides = train_step(
+            model, tokenizer, optimizer, batch, cfg, boxed_reward, reference
+        )
+        records = {"metrics.jsonl": metrics}
+        if guides:
+            records["episodes.jsonl"] = episode(batch, groups, guides)
+        for name, record in records.items():
+            log[name].append(json.dumps({"step": step, **record}) + "\n")
+            with (out / name).open("a") as file:
+                file.write(log[name][-1])
+        shown = {"reward": metrics["reward"], "injections": metrics["injections"]}
+        bar.set_postfix(shown)
+        if bar.disable:  # the output is no terminal
+            print(f"step {step}: {shown}")
         if step + 1 == run.steps or (run.save_every and (step + 1) % run.save_every == 0):
             save_checkpoint(checkpoint, log, model, optimizer, settings)
 

@@ -2,46 +2,68 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
+import re
 import shutil
-import threading
-import time
+import signal
+import subprocess
+import sys
+import timeit
 from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
 
 import numpy as np
 import pytest
 import torch
-import tqdm
 import transformers
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.utils import parameters_to_vector
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import repo
 import run_tiny
-from repo import Config, RepoError, Rollout
+from repo import Completion, Config, RepoError, boxed_reward, encode_prompt, token_logps
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEAR = dict(rtol=1e-3, atol=1e-5)
-if DEVICE == "cuda":  # logits are bf16
-    NEAR = dict(rtol=2e-2, atol=5e-2)
+DEVICE = repo.Run.device  # CUDA, where there is one
+torch.set_num_threads(1)  # steady on a busy machine
+transformers.utils.logging.disable_progress_bar()
+
+# --------------------------------------------------------------------------------------- helpers
+
+cases = pytest.mark.parametrize
+
+
+def texts(table):
+    """The lines of a table without its headings; ⏎ stands for a line break."""
+    lines = table.strip().splitlines()
+    return [line.replace("⏎", "\n") for line in lines if not line.startswith("# ")]
+
+
+def rows(table):
+    """The same with several cells a line."""
+    return [line.split(" | ") for line in texts(table)]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Each test works in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(message):
+    """The block ends in a RepoError that says this."""
+    return pytest.raises(RepoError, match=message)
+
+
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-torch.set_num_threads(1)  # steady on a busy machine; a forked child has no more
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 
 
 def byte_tokenizer(template=CHAT, eos="<|im_end|>", frame="$A"):
@@ -52,9 +74,8 @@ def byte_tokenizer(template=CHAT, eos="<|im_end|>", frame="$A"):
     core.decoder = decoders.ByteLevel()
     specials = ["<|im_start|>", "<|im_end|>", "<|eos|>", "<|bos|>"]
     core.add_special_tokens(specials)
-    ids = [(token, core.token_to_id(token)) for token in specials]
     core.post_processor = processors.TemplateProcessing(
-        single=frame, special_tokens=ids
+        single=frame, special_tokens=[(token, core.token_to_id(token)) for token in specials]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos)
     tokenizer.chat_template = template
@@ -74,71 +95,14 @@ SHAPE = dict(
 )
 
 
-def tiny_model(kind="llama", vocab=300, seed=0, scale=1.0, **settings):
+def tiny_model(kind="llama", vocab=300, seed=0, scale=2.0, **settings):
     """A random model of two layers. `scale` sharpens its distribution."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**SHAPE, "vocab_size": vocab, **settings})
+    config = AutoConfig.for_model(kind, **SHAPE | dict(vocab_size=vocab) | settings)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(scale)
+    for weight in model.parameters():
+        weight.data *= scale
     return model.to(DEVICE).eval()
-
-
-def random_groups(groups=3, size=3, seed=0) -> list[list[Rollout]]:
-    """Groups of unequal lengths with graded rewards; the last group has no signal."""
-    draw = random.Random(seed)
-
-    def ids(longest):
-        return [draw.randrange(250) for _ in range(draw.randint(1, longest))]
-
-    made = []
-    for n in range(groups + 1):
-        prompt = ids(9)
-        rewards = [draw.random() if n < groups else 0.3 for _ in range(size)]
-        made.append(
-            [Rollout(prompt, ids(12), "", reward=reward) for reward in rewards]
-        )
-    return made
-
-
-def all_weights(model):
-    """All weights in one vector, a copy."""
-    return parameters_to_vector(model.parameters()).detach()
-
-
-class Recorder(torch.optim.SGD):
-    """An optimizer that keeps the gradient it was given, once."""
-
-    def step(self):
-        assert not hasattr(self, "seen")
-        grads = [
-            p.grad.flatten() for group in self.param_groups for p in group["params"]
-        ]
-        self.seen = torch.cat(grads).clone()
-        super().step()
-
-
-def gradient(model, groups, **changes):
-    """The gradient of `update`, not clipped."""
-    optimizer = Recorder(model.parameters(), lr=0.0)
-    repo.update(model, optimizer, groups, replace(CFG, max_grad_norm=1e9, **changes))
-    return optimizer.seen
-
-
-def reinforce(model, groups):
-    """The same once more by hand: Σ A log π / (N |o|), one rollout at a time, without padding."""
-    count = sum(len(group) for group in groups)
-    loss = 0.0
-    for group in groups:
-        rewards = np.array([r.reward for r in group])
-        advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
-        for r, advantage in zip(group, advantages):
-            logps = repo.token_logps(model, [r], 1.0)
-            loss = loss - advantage * logps.sum() / (count * len(r.completion))
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 CFG = Config(group_size=4, batch_size=3, max_new_tokens=12, learning_rate=1e-3)
@@ -152,26 +116,212 @@ PROBLEMS = [
 ]
 
 
+def random_groups(seed=0):
+    """Groups of three of unequal lengths with graded rewards; the last one has no signal.
+
+    All end in token 0, which is the padding too.
+    """
+    draw = random.Random(seed)
+
+    def ids(longest):
+        return draw.choices(range(250), k=draw.randint(1, longest)) + [0]
+
+    prompts = [ids(9) for _ in range(4)]
+    groups = [[Completion(prompt, ids(12), "") for _ in range(3)] for prompt in prompts]
+    for o in sum(groups[1:], []):
+        o.reward = draw.random()
+    return groups[1:] + groups[:1]
+
+
+def assert_close(a, b):
+    """Each element on the CPU; where logits are bf16, the whole in relative L2 norm."""
+    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
+    if DEVICE == "cpu":
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    else:
+        assert a.shape == b.shape and (a - b).norm() <= 0.03 * b.norm()
+
+
+def all_weights(model):
+    """All weights in one vector, a copy."""
+    return parameters_to_vector(model.parameters()).detach()
+
+
+def update(model, optimizer, groups, cfg=CFG, reference=None):
+    """Step 4 as a whole; returns its metrics."""
+    repo.assign_advantages(groups)
+    return repo.update(model, optimizer, groups, cfg, reference)
+
+
+def gradients(model):
+    """The gradients of all weights in one vector, a copy."""
+    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+
+def gradient(model, groups, update=update, **changes):
+    """The gradient of an update, not clipped."""
+    seen, optimizer = [], torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(model)))
+    update(model, optimizer, groups, replace(CFG, max_grad_norm=1e9, **changes))
+    (grad,) = seen
+    return grad
+
+
+def gradient_of(model, loss):
+    """The gradient of a loss computed by a test."""
+    model.zero_grad()
+    loss.backward()
+    return gradients(model)
+
+
+def reinforce(model, groups):
+    """`gradient` by hand: Σ A log π / (N |o|), one completion at a time, without padding."""
+    count = sum(map(len, groups))
+    loss = 0.0
+    for group in groups:
+        rewards = np.array([o.reward for o in group])
+        advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        for o, advantage in zip(group, advantages):
+            logps = token_logps(model, [o], 1.0)
+            loss = loss - advantage * logps.sum() / (count * len(o.tokens))
+    return gradient_of(model, loss)
+
+
+def step(reward_fn=boxed_reward, model=None, tokenizer=None, problems=PROBLEMS[:3], **changes):
+    """A whole step of a tiny model."""
+    model = model or tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    settings = model, tokenizer or byte_tokenizer(), optimizer, problems, replace(CFG, **changes)
+    return repo.train_step(*settings, reward_fn)
+
+
+def graded(text, answer):
+    """A reward that most groups have several values of."""
+    return len(set(text))
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A sampler that writes `rollout` for q and `rephrase` for P(q,k); notes its calls."""
+    tokenizer, calls = byte_tokenizer(), []
+
+    def script(rollout="no idea<|im_end|>", rephrase="So it is \\boxed{%s}.<|im_end|>"):
+        def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
+            calls.append((len(prompts), temperature))
+            drawn = []
+            for prompt in prompts:
+                turn = tokenizer.decode(prompt)
+                (problem,) = [p for p in PROBLEMS if p["question"] in turn]
+                text = rephrase if problem["knowledge"] in turn else rollout
+                ids = tokenizer(text.replace("%s", problem["answer"])).input_ids
+                logps = token_logps(model, [Completion(prompt, ids, "")], temperature or 1.0)
+                drawn += [(ids, logps.tolist())] * num_samples
+            return drawn
+
+        monkeypatch.setattr(repo, "sample", sample)
+        return calls
+
+    return script
+
+
+def written(name, rows):
+    """A file of these rows, in the format of its name."""
+    if name.endswith(".parquet"):
+        return Dataset.from_list(rows).to_parquet(name)
+    written = [json.dumps(row) for row in rows]
+    if name.endswith(".json"):
+        written = [json.dumps(rows)]
+    if name.endswith(".csv"):
+        written = [",".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
+    Path(name).write_text("\n".join(written) + "\n")
+
+
+def read(path, split="train", q="q", k="k", a="a"):
+    """The problems of a file."""
+    run = repo.Run("m", path, "o", question_column=q, knowledge_column=k, answer_column=a)
+    return repo.load_problems(run, split)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return run_tiny.codebooks(0, tmp_path_factory.mktemp("world"), DEVICE)
+
+
+@pytest.fixture(scope="module")
+def files(world, tmp_path_factory):
+    """The miniature's base policy, as save_pretrained wrote it, and GSM8K-shaped data for it."""
+    folder, rows = tmp_path_factory.mktemp("files"), []
+    for problem in world.problems:
+        if problem["hard"]:
+            solution = problem["knowledge"].replace("\\boxed{", "\n#### ").rstrip("}")
+            rows.append(dict(question=problem["question"], answer=solution))
+    written(f"{folder}/data.jsonl", rows[:5])
+    (folder / "model").symlink_to(world.model)
+    return folder
+
+
+def flags(files, folder="out", **changes):
+    """The command line of a small run."""
+    line = f"""
+        --model={files}/model --dataset={files}/data.jsonl --out={folder} --steps=4 --batch_size=4
+        --group_size=4 --max_new_tokens=20 --learning_rate=1e-3 --device=cpu
+        --question_prompt={{question}} --rephrase_prompt={{question}}?{{knowledge}}
+    """
+    return line.split() + [f"--{name}={value}" for name, value in changes.items()]
+
+
+def lines(out="out", name="metrics.jsonl"):
+    """The rows of a file of a run, without what depends on the clock."""
+    made = [json.loads(line) for line in Path(out, name).read_text().splitlines()]
+    return [{key: row[key] for key in row if "seconds" not in key} for row in made]
+
+
+def outcome(out):
+    """What a run has come to: its weights, metrics and episodes."""
+    weights = Path(out, "model/model.safetensors").read_bytes()
+    return weights, lines(out), lines(out, "episodes.jsonl")
+
+
+def refusal(argv):
+    """The one line in which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        repo.main(argv)
+    (line,) = str(stop.value).splitlines()
+    return line
+
+
+def saved(model, folder="saved"):
+    """The folder of a checkpoint."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 # -------------------------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize(
+@cases(
     "name, value",
-    [
-        ("group_size", 1),
-        ("batch_size", 0),
-        ("max_new_tokens", 0),
-        ("updates_per_batch", 0),
-        ("gate_threshold", 1.5),
-        ("gate_threshold", -0.1),
-        ("gate_threshold", math.nan),
-        ("fail_threshold", 0.0),
-        ("fail_threshold", 1.1),
-        ("temperature", 0.0),
-    ],
+    rows("""
+group_size | 1
+batch_size | 0
+max_new_tokens | 0
+updates_per_batch | 0
+gate_threshold | 1.5
+gate_threshold | -0.1
+gate_threshold | NaN
+fail_threshold | 0.0
+fail_threshold | 1.1
+temperature | 0.0
+temperature | NaN
+guidance | "verbtim"
+question_prompt | "{knowledge}"
+rephrase_prompt | "{question}"
+"""),
 )
 def test_settings_with_which_nothing_is_learnt_are_refused(name, value):
-    with pytest.raises(RepoError, match=f"{name} is {value}; it must be"):
+    value = json.loads(value)
+    with refused(re.escape(f"{name} is {value!r}; it must be")):
         Config(**{name: value})
 
 
@@ -180,45 +330,66 @@ def test_every_setting_says_whose_it_is_also_in_the_help(capsys):
         repo.main(["--help"])
     shown = capsys.readouterr().out
     for f in fields(Config):
-        assert "(paper" in f.metadata["help"] or "(ours" in f.metadata["help"]
+        assert re.search(r"\[(paper|reported|ours), (paper|reported|ours)\b", f.metadata["help"])
         assert f"--{f.name.replace('_', '-')}" in shown
 
 
 # ------------------------------------------------------------------------------- text and tokens
 
 
-def test_prompts_follow_the_chat_template_or_end_in_a_line_break():
-    chat = byte_tokenizer()
-    shown = chat.decode(repo.encode_prompt(chat, "hi"))
-    assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+def test_the_prompt_of_a_base_model_ends_in_a_line_break():
     plain = byte_tokenizer(None, eos="<|eos|>", frame="<|bos|> $A <|eos|>")
-    assert plain.decode(repo.encode_prompt(plain, "hi")) == "<|bos|>hi\n\nSolution:\n"
+    assert plain.decode(encode_prompt(plain, "hi")) == "<|bos|>hi\n\nSolution:\n"
 
 
-@pytest.mark.parametrize("template", [CHAT, None])
+@cases("template", [CHAT, None])
 def test_text_that_looks_like_a_control_token_stays_text(template):
     tokenizer = byte_tokenizer(template, frame="<|bos|> $A")  # BOS: prompts only
     text = "a<|im_end|>\n<|im_start|>assistant\nb"
-    specials = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]))
-    usual = [i for i in repo.encode_prompt(tokenizer, "") if i in specials]
-    problem = dict(question=text, knowledge="", answer="")
-    guide = repo.as_rollout(tokenizer, problem, text, [], CFG)
-    assert [i for i in guide.prompt if i in specials] == usual
+    guide = repo.as_completion(tokenizer, dict(question=text), text, [], CFG)
     assert text in tokenizer.decode(guide.prompt)
-    assert not specials & set(guide.completion)
-    assert tokenizer.decode(guide.completion) == text
+    assert tokenizer.decode(guide.tokens) == text
+    for special in tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<|bos|>"]):
+        assert guide.prompt.count(special) == encode_prompt(tokenizer, "").count(special)
+        assert special not in guide.tokens
+
+
+TURNS = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+CONTENT = "{{ m['content'] }}"
+PARTS = CHAT.replace(CONTENT, "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
+SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system?') }}{% endif %}"
+LAST = "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('user?') }}{% endif %}"
+
+
+@cases("template", [CHAT, PARTS, SYSTEM + CHAT, LAST + CHAT])
+def test_every_shape_of_chat_shows_the_question_and_gives_the_end(template):
+    tokenizer = byte_tokenizer(template, eos="<|eos|>")
+    shown = tokenizer.decode(encode_prompt(tokenizer, "hi"))
+    assert shown.removeprefix("<|im_start|>system\n<|im_end|>\n") == TURNS
+    assert tokenizer.decode(repo.end_tokens(tiny_model(), tokenizer)[0]) == "<|im_end|>"
+
+
+@cases("content", ["", "{{ raise_exception('no') }}", "{{ m['content'][1:] }}"])
+def test_a_template_that_loses_the_question_is_refused(content):
+    tokenizer = byte_tokenizer(CHAT.replace(CONTENT, content))
+    with refused("template"):
+        encode_prompt(tokenizer, "hi")
 
 
 THINK = CHAT + "{% if add_generation_prompt %}{{ '<think>\n' }}"
 
 
-def test_a_thinking_model_is_asked_not_to_think_and_refused_if_it_must():
+def test_a_thinking_model_is_asked_not_to_think_and_refused_if_it_must(scripted):
     close = "{% if not enable_thinking %}{{ '\n</think>\n' }}{% endif %}{% endif %}"
     closed = byte_tokenizer(THINK + close)
-    shown = closed.decode(repo.encode_prompt(closed, "hi"))
-    assert shown.endswith("<think>\n\n</think>\n")
-    with pytest.raises(RepoError, match="block of thoughts"):
-        repo.encode_prompt(byte_tokenizer(THINK + "{% endif %}"), "hi")
+    assert closed.decode(encode_prompt(closed, "hi")).endswith("<think>\n\n</think>\n")
+    with refused("block of thoughts"):
+        encode_prompt(byte_tokenizer(THINK + "{% endif %}"), "hi")
+    scripted(rollout="So we\n<think>")
+    step()
+    scripted(rollout="\n<think>So we")
+    with refused("thinks before it answers"):
+        step()
 
 
 def test_an_answer_ends_as_the_chat_template_ends_it():
@@ -227,11 +398,15 @@ def test_an_answer_ends_as_the_chat_template_ends_it():
     model.generation_config.eos_token_id = [7]
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eos|>"]) + [7]
     assert repo.end_tokens(model, tokenizer) == ends
-    cfg = replace(CFG, guidance="verbatim")
-    _, groups, _ = step(cfg, model=model, tokenizer=tokenizer)
-    assert tokenizer.decode(groups[0][0].completion).endswith("k.<|im_end|>")
-    plain = byte_tokenizer(None, eos="<|eos|>")
-    assert repo.end_tokens(model, plain)[0] == plain.eos_token_id
+    _, groups, _ = step(model=model, tokenizer=tokenizer, guidance="verbatim")
+    assert tokenizer.decode(groups[0][0].tokens).endswith("k.<|im_end|>")
+    assert repo.end_tokens(model, byte_tokenizer(None, eos="<|eos|>")) == ends[1:]
+
+
+@cases("template", [None, "Q: {{ messages[0]['content'] }} A:"])
+def test_without_any_end_token_nothing_is_trained(template):
+    with refused("no token ends an answer"):
+        step(tokenizer=byte_tokenizer(template, eos=None))
 
 
 def test_templates_are_filled_in_whatever_braces_the_texts_hold():
@@ -245,83 +420,105 @@ def test_templates_are_filled_in_whatever_braces_the_texts_hold():
 
 def test_samples_follow_exactly_the_softmax():
     """Chi-square over two-token completions; the generation_config would cut and penalise."""
-    vocab, temperature, count = 6, 0.7, 12_000
-    model = tiny_model(vocab=vocab, scale=4.0)
-    model.generation_config.update(
-        top_k=2, top_p=0.5, repetition_penalty=3.0, do_sample=True
-    )
+    count = 12_000
+    model = tiny_model(vocab=6)
+    model.generation_config.update(top_k=2, top_p=0.5, repetition_penalty=3.0, do_sample=True)
     prompts = [[1], [2, 3, 4, 5, 1, 2, 3]]
     torch.manual_seed(1)
-    drawn = repo.sample(model, prompts, count, 2, temperature, [])
+    drawn = repo.sample(model, prompts, count, 2, 0.7, [])
     for n, prompt in enumerate(prompts):
-        expected = np.zeros((vocab, vocab))
-        for first in range(vocab):
-            ids = torch.tensor([prompt + [first]], device=DEVICE)
-            with torch.no_grad():
-                logits = model(ids).logits[0, -2:]
-            p = np.exp(logits.double().cpu().numpy() / temperature)
-            p /= p.sum(-1, keepdims=True)
-            expected[first] = count * p[0, first] * p[1]
-        seen = np.zeros((vocab, vocab))
+        ids = torch.tensor([prompt + [first] for first in range(6)], device=DEVICE)
+        logits = model(ids).logits[:, -2:].detach().double().cpu().numpy()
+        p = np.exp(logits / 0.7)
+        p /= p.sum(-1, keepdims=True)  # [first token, place, token]
+        expected = count * p[0, 0, :, None] * p[:, 1]
+        seen = np.zeros((6, 6))
         for ids, _ in drawn[n * count : (n + 1) * count]:
             seen[tuple(ids)] += 1
-        common = expected > 5
-        chi2 = ((seen - expected)[common] ** 2 / expected[common]).sum()
-        assert chi2 < common.sum() + 5 * math.sqrt(2 * common.sum())
-        assert seen[~common].sum() < 20 + 2 * expected[~common].sum()
+        chi2 = ((seen - expected) ** 2 / expected).sum()
+        assert chi2 < 36 + 5 * 72**0.5  # 5 deviations
 
 
-LINEAR = dict(
-    linear_key_head_dim=8,
-    linear_value_head_dim=8,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-)
 FAMILIES = {
     "llama": {},
     "gemma2": dict(sliding_window=4),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),  # learned positions
     "lfm2": dict(layer_types=["conv", "full_attention"]),
-    "qwen3_5_text": dict(LINEAR, num_hidden_layers=4),  # linear attention
+    "qwen3_5_text": dict(  # linear attention
+        num_hidden_layers=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    ),
 }
+SAME = 1e-4 if DEVICE == "cpu" else 0.5  # two code paths, a token's difference in nats
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@cases("kind", FAMILIES)
 def test_sampler_and_trainer_agree_on_unlike_models_and_unequal_prompts(kind):
     model = tiny_model(kind, vocab=40, scale=3.0, **FAMILIES[kind])
     prompts = [[3, 4, 5, 6, 7, 8], [9], [11, 12, 13]]
     torch.manual_seed(0)
     drawn = repo.sample(model, prompts, 4, 12, 0.8, [2, 5])
-    rollouts = []
-    for i, (ids, logps) in enumerate(drawn):
-        rollouts.append(Rollout(prompts[i // 4], ids, "", False, logps))
-    assert len({len(r.completion) for r in rollouts}) > 2
-    for r in rollouts:
-        assert not {2, 5} & set(r.completion[:-1])
-        assert len(r.sampler_logps) == len(r.completion) <= 12
-        assert len(r.completion) == 12 or r.completion[-1] in (2, 5)
-    trained = repo.token_logps(model, rollouts, 0.8).detach()
-    assert repo.sampler_diff(rollouts, trained) < (1e-4 if DEVICE == "cpu" else 0.5)
+    made = [Completion(prompts[i // 4], ids, "") for i, (ids, _) in enumerate(drawn)]
+    assert len({len(o.tokens) for o in made}) > 2
+    for ids, logps in drawn:
+        assert not {2, 5} & set(ids[:-1])
+        assert len(logps) == len(ids) <= 12
+        assert len(ids) == 12 or ids[-1] in (2, 5)
+    sampled = torch.tensor([logp for _, logps in drawn for logp in logps])
+    assert (token_logps(model, made, 0.8).cpu() - sampled).abs().max() < SAME
 
     greedy = repo.sample(model, prompts, 1, 12, 0.0, [2])
     for prompt, (ids, _) in zip(prompts, greedy):
         alone = torch.tensor([prompt], device=DEVICE)
-        settings = dict(
-            max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
+        library = model.generate(
+            alone, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
         )
-        mask = torch.ones_like(alone)
-        library = model.generate(alone, attention_mask=mask, **settings)
         assert DEVICE == "cuda" or library[0, len(prompt) :].tolist() == ids
 
 
-@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+@cases("kind", ["mamba", "rwkv"])
 def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_trained(kind):
     """Without a cache at once; with one that goes wrong by the log-probabilities."""
     model = tiny_model(kind, scale=3.0)
     before = all_weights(model)
-    with pytest.raises(RepoError, match="cache whose rows can"):
-        step(reward_fn=lambda text, answer: len(set(text)), model=model)
+    with refused("cache whose rows can|cache's rows can"):
+        step(graded, model)
     assert torch.equal(before, all_weights(model))
+
+
+@cases("temperature", [1.0, 0.2])
+def test_a_sampler_of_another_temperature_is_stopped(temperature, monkeypatch):
+    sample = repo.sample
+
+    def sharper(model, prompts, n, longest, temperature, ends):
+        return sample(model, prompts, n, longest, 0.3 * temperature, ends)
+
+    step(graded, tiny_model(scale=4.0), temperature=temperature)
+    monkeypatch.setattr(repo, "sample", sharper)
+    with refused("nats a token apart"):
+        step(graded, tiny_model(scale=4.0), temperature=temperature)
+
+
+def test_sampler_and_trainer_may_differ_by_what_rounding_in_bf16_explains():
+    foreign, o = Completion([1], [2], "", old_logps=[-9.0]), Completion([1], [2] * 300, "")
+    o.old_logps, o.sampler_logps = [0.0] * 300, [0.022] * 299 + [-2.4]
+    assert repo.sampler_diff([foreign]) is None
+    assert repo.sampler_diff([foreign, o]) == 2.4
+    for worst in (-60.0, math.nan):
+        o.sampler_logps[7] = worst
+        with refused("nats a token apart"):
+            repo.sampler_diff([foreign, o])
+
+
+def test_a_card_that_only_emulates_bf16_computes_in_fp32(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
+    assert not repo.autocast(SimpleNamespace(device=torch.device("cuda")))
 
 
 # ------------------------------------------------------------ advantages, log-probabilities, loss
@@ -332,37 +529,36 @@ def test_advantages_against_numpy_and_exactly_zero_for_equal_rewards():
     rewards = np.random.default_rng(0).random((4, 8)) * scales
     deviation = rewards.std(1, ddof=1, keepdims=True) + 1e-6
     expected = (rewards - rewards.mean(1, keepdims=True)) / deviation
-    np.testing.assert_allclose(
-        repo.group_advantages(torch.tensor(rewards)), expected, rtol=1e-5
-    )
+    seen = repo.group_advantages(torch.tensor(rewards))
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
     for size in range(2, 40):
-        equal = np.array([[reward] * size for reward in (0.0, 0.1, 1 / 3, 1e9)])
-        equal = torch.tensor(equal)  # in fp64, where means of equal values round
-        assert (repo.group_advantages(equal) == 0).all()
+        equal = np.repeat([[0.0], [0.1], [1 / 3], [1e9]], size, axis=1)
+        assert not repo.group_advantages(torch.tensor(equal)).any()  # in fp64, where means round
+
+
+@cases("size", [2, 3, 8, 64])
+def test_what_an_injection_is_worth_as_the_head_derives_it(size):
+    """(G-1)/√G for o_rep and -1/√G for each of the failures beside it."""
+    rewards = torch.eye(size, dtype=torch.float64)[:1]
+    expected = (size * rewards - 1) / size**0.5
+    np.testing.assert_allclose(repo.group_advantages(rewards), expected, rtol=1e-5)
 
 
 def test_token_logps_against_numpy_one_sequence_at_a_time():
-    model, rollouts = tiny_model(scale=2.0), sum(random_groups(), [])
+    model, completions = tiny_model(), sum(random_groups(), [])
     expected = []
-    for r in rollouts:
-        with torch.no_grad():
-            ids = torch.tensor([r.prompt + r.completion], device=DEVICE)
-            logits = model(ids).logits[0].double().cpu().numpy() / 0.7
+    for o in completions:
+        ids = torch.tensor([o.prompt + o.tokens], device=DEVICE)
+        logits = model(ids).logits[0].detach().double().cpu().numpy() / 0.7
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        expected += [
-            logp[len(r.prompt) - 1 + t, i] for t, i in enumerate(r.completion)
-        ]
-    logps = repo.token_logps(model, rollouts, 0.7).detach().cpu().numpy()
-    np.testing.assert_allclose(logps, expected, **NEAR)
+        expected += [logp[len(o.prompt) - 1 + t, i] for t, i in enumerate(o.tokens)]
+    assert_close(token_logps(model, completions, 0.7), expected)
 
 
 def test_loss_and_gradient_against_numpy_for_both_signs_and_both_sides_of_the_clip():
-    rng = np.random.default_rng(0)
-    logps, old, advantages = rng.normal(-1, 0.4, (3, 200))
-    weights = rng.random(200)
+    logps, old, advantages, weights = np.random.default_rng(0).normal(0, 0.4, (4, 200))
     leaf = torch.tensor(logps, requires_grad=True)
-    rest = [torch.tensor(x) for x in (old, advantages, weights)]
-    loss, clipped = repo.policy_loss(leaf, *rest, 0.2)
+    loss, clipped = repo.policy_loss(leaf, *map(torch.tensor, (old, advantages, weights)), 0.2)
     loss.backward()
     ratio = np.exp(logps - old)
     # Too far already, it may not push on; it may pull back.
@@ -374,246 +570,189 @@ def test_loss_and_gradient_against_numpy_for_both_signs_and_both_sides_of_the_cl
     assert (clipped.numpy() == acts).all() and 0.1 < acts.mean() < 0.9
 
 
-def test_kl_is_the_k3_estimator():
-    logps = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    weights = torch.tensor([0.5, 0.25, 0.25])
-    value = repo.kl_loss(logps, torch.tensor([-1.5, -1.0, -0.5]), weights)
-    value.backward()
-    d = torch.tensor([-0.5, 1.0, 0.0])
-    torch.testing.assert_close(value, (weights * (d.exp() - d - 1)).sum())
-    torch.testing.assert_close(logps.grad, weights * (1 - d.exp()))
+@cases("far", [-100.0, 100.0])
+def test_kl_is_the_k3_estimator_and_no_log_ratio_makes_a_gradient_infinite(far):
+    d = torch.tensor([1.0, 30.0, far, far], requires_grad=True)
+    weights, advantages = torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([-1, -1, 1, -1])
+    kl = repo.kl_loss(-d, torch.zeros(4), weights)
+    loss, _ = repo.policy_loss(d, torch.zeros(4), advantages, weights, 0.2)
+    torch.testing.assert_close(kl, (weights * (d.exp() - d - 1))[:2].sum())
+    (loss + kl).backward()  # 0 x inf would be NaN
+    slope = weights * (d.exp() - 1 - advantages * d.exp())
+    torch.testing.assert_close(d.grad[:2], slope[:2].detach())
+    assert d.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [10_000, 60, 25, 1])
+@cases("micro_batch_tokens", [10_000, 60, 25, 1])
 def test_the_first_update_is_reinforce_for_every_micro_batch_size(micro_batch_tokens):
     """Whatever the clip is and the sampler said: the ratio is exactly 1. All groups count."""
-    model, groups = tiny_model(scale=2.0), random_groups()
-    for r in groups[0]:
-        r.sampler_logps = (repo.token_logps(model, [r], 1.0).detach() + 0.5).tolist()
-    seen = gradient(
-        model, groups, clip_epsilon=1e-6, micro_batch_tokens=micro_batch_tokens
-    )
-    torch.testing.assert_close(seen, reinforce(model, groups), **NEAR)
+    model, groups = tiny_model(), random_groups()
+    for o in groups[0]:
+        o.sampler_logps = (token_logps(model, [o], 1.0).detach() + 0.09).tolist()
+    seen = gradient(model, groups, clip_epsilon=1e-6, micro_batch_tokens=micro_batch_tokens)
+    assert_close(seen, reinforce(model, groups))
 
 
-def test_micro_batches_hold_everything_once_and_keep_to_their_size():
-    rollouts = sum(random_groups(8), [])
-    batches = repo.micro_batches(rollouts, range(5, 27), 50)
-    assert sorted(i for batch in batches for i in batch) == list(range(5, 27))
-    longest = []
-    for batch in batches:
-        lengths = [len(rollouts[i].prompt + rollouts[i].completion) for i in batch]
-        longest.append(max(lengths))
-        assert len(batch) * longest[-1] <= 50
-    assert longest[0] == max(longest)
+def test_micro_batches_keep_to_their_size_and_the_longest_come_first():
+    lengths = []
+    for batch in repo.micro_batches(sum(random_groups(), []), 50):
+        lengths.append([len(o.prompt + o.tokens) for o in batch])
+    assert all(len(batch) * max(batch) <= 50 for batch in lengths)
+    assert max(lengths[0]) == max(map(max, lengths))
 
 
-def test_the_eos_is_trained_even_when_it_is_the_padding_id_too():
-    model = tiny_model(scale=2.0)
-    ended, longer = Rollout([1, 2], [3, 0], ""), Rollout([1], [4, 5, 6, 7, 8], "")
-    logps = repo.token_logps(model, [ended, longer], 1.0)  # padding is id 0
-    assert len(logps) == 7
-    torch.testing.assert_close(
-        logps[:2], repo.token_logps(model, [ended], 1.0), **NEAR
-    )
-    (grad,) = torch.autograd.grad(logps[1], model.lm_head.weight)
-    assert grad[0].abs().max() > 1e-4
+def test_logits_are_computed_from_the_first_completion_on_and_used_only_for_completions():
+    """A NaN at each place without a completion token would show in any softmax taken there."""
+    model = tiny_model(vocab=3000)
+    completions = [Completion([1] * 40, [2] * 5, ""), Completion([1] * 42, [2] * 4, "")]
+    poison = torch.zeros(2, 6, 1, device=DEVICE)  # of 46 places
+    poison[0, 5] = poison[1, :2] = math.nan
 
+    def poisoned(module, inputs, output):
+        assert output.shape == (2, 6, 3000)
+        return output + poison
 
-def test_logits_are_computed_and_cast_only_where_completions_are(monkeypatch):
-    model, cast = tiny_model(vocab=3000), torch.Tensor.float
-    rollouts = [Rollout([1] * 40, [2] * 5, ""), Rollout([1] * 42, [2] * 4, "")]
-    shapes, casts = [], []
-
-    def note(module, inputs, output):
-        shapes.append(tuple(output.shape))
-
-    def noted(tensor):
-        casts.append(tuple(tensor.shape))
-        return cast(tensor)
-
-    model.lm_head.register_forward_hook(note)
-    monkeypatch.setattr(torch.Tensor, "float", noted)
-    repo.token_logps(model, rollouts, 1.0)
-    assert shapes == [(2, 6, 3000)]  # of 46 places
-    assert (9, 3000) in casts and (2, 6, 3000) not in casts
+    model.lm_head.register_forward_hook(poisoned)
+    assert gradient_of(model, token_logps(model, completions, 1.0).sum()).isfinite().all()
 
 
 def test_dropout_and_train_mode_do_not_move_the_ratio():
-    settings = dict(
-        FAMILIES["gpt2"], n_positions=600, resid_pdrop=0.5, attn_pdrop=0.5
-    )
-    model = tiny_model("gpt2", **settings).train()
-    metrics, _, _ = step(model=model, reward_fn=lambda text, answer: len(set(text)))
-    assert metrics["sampler_logp_diff"] < NEAR["atol"] * 10
+    settings = dict(FAMILIES["gpt2"], n_positions=600, resid_pdrop=0.5, attn_pdrop=0.5)
+    metrics, _, _ = step(graded, tiny_model("gpt2", **settings).train())
+    assert metrics["sampler_logp_diff"] < SAME
     assert metrics["clip_ratio"] == 0
 
 
 def test_later_updates_use_the_first_passes_log_probabilities():
-    model = tiny_model(scale=2.0)
+    model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    cfg = replace(CFG, updates_per_batch=4)
-    metrics = repo.update(model, optimizer, random_groups(), cfg)
+    metrics = update(model, optimizer, random_groups(), replace(CFG, updates_per_batch=4))
     assert metrics["clip_ratio"] > 0.1  # with a fresh π_old each time it would stay 0
 
 
 def test_the_kl_term_pulls_toward_the_reference_also_without_any_advantage():
-    model, reference = tiny_model(scale=2.0), tiny_model(scale=2.0, seed=1)
+    model, reference = tiny_model(), tiny_model(seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    groups = random_groups()[-1:]
-    cfg = replace(CFG, kl_beta=1.0)
-    kls = [repo.update(model, optimizer, groups, cfg, reference)["kl"] for _ in range(15)]
+    rest = random_groups()[-1:], replace(CFG, kl_beta=1.0), reference
+    kls = [update(model, optimizer, *rest)["kl"] for _ in range(15)]
     assert kls[-1] < 0.5 * kls[0]
-    with pytest.raises(RepoError, match="kl_beta is 1.0 and there is no reference"):
-        step(cfg)
+    with refused("kl_beta is 1.0 and there is no reference"):
+        step(kl_beta=1.0)
 
 
 def test_a_batch_without_signal_changes_nothing_not_even_by_momentum():
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    repo.update(model, optimizer, random_groups(), CFG)
+    update(model, optimizer, random_groups())
     before = all_weights(model)
-    metrics = repo.update(model, optimizer, random_groups()[-1:], CFG)
+    assert update(model, optimizer, random_groups()[-1:])["grad_norm"] is None
     assert torch.equal(before, all_weights(model))
-    assert metrics["grad_norm"] is None
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(monkeypatch):
-    model = tiny_model()
-    before = all_weights(model)
+def test_a_step_that_stops_moves_no_weight_and_leaves_no_gradient(monkeypatch):
+    stopped, fresh = tiny_model(), tiny_model()
+    optimizer = torch.optim.SGD(stopped.parameters(), 1.0)
 
-    def broken(logps, *rest):
-        return math.inf * logps.sum(), logps > 0
-
-    monkeypatch.setattr(repo, "policy_loss", broken)
-    with pytest.raises(RuntimeError, match="non-finite"):
-        gradient(model, random_groups())
-    assert torch.equal(before, all_weights(model))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="non-finite"):
+        patch.setattr(repo, "policy_loss", lambda logps, *_: (math.inf * logps.sum(), logps > 0))
+        update(stopped, optimizer, random_groups(1))
+    assert torch.equal(all_weights(stopped), all_weights(fresh))
+    assert_close(gradient(stopped, random_groups()), gradient(fresh, random_groups()))
 
 
 # --------------------------------------------------------------------------- gate and replacement
 
 
-@pytest.mark.parametrize(
+@cases(
     "rewards, rho, opens",
-    [
-        ([0, 0, 0, 0], 1.0, True),
-        ([0, 0, 0, 1], 1.0, False),
-        ([0, 0, 0, 1], 0.75, True),
-        ([0, 0, 1, 1], 0.75, False),
-        ([0.5, 0.5], 0.5, False),
-        ([0.49, 0.5], 0.5, True),
-        ([1, 1], 0.0, True),
-    ],
+    rows("""
+0 0 0 0 | 1 | open
+0 0 0 1 | 1 | closed
+0 0 0 1 | 0.75 | open
+0 0 1 1 | 0.75 | closed
+0.5 0.5 | 0.5 | closed
+0.49 0.5 | 0.5 | open
+1 1 | 0 | open
+"""),
 )
 def test_the_gate(rewards, rho, opens):
-    assert repo.gate_opens(rewards, 0.5, rho) == opens
+    rewards = [float(reward) for reward in rewards.split()]
+    assert repo.gate_opens(rewards, 0.5, float(rho)) == (opens == "open")
 
 
 def test_the_first_of_the_lowest_is_replaced_as_a_whole_and_only_by_a_better_guide():
-    rewards = [0.2, 0.1, 0.9, 0.1]
-    group = [Rollout([1], [i], "", reward=reward) for i, reward in enumerate(rewards)]
-    kept = list(group)
-    assert not repo.replace_worst(group, Rollout([1], [9], "", reward=0.1))
+    rewards = enumerate([0.2, 0.1, 0.9, 0.1])
+    kept = [Completion([1], [i], "", reward=reward) for i, reward in rewards]
+    group = list(kept)
+    for text, reward in (("guide", 0.1), ("", 1.0)):  # no text: a refused draft
+        assert not repo.replace_worst(group, Completion([1], [9], text, reward=reward))
     assert group == kept
-    guide = Rollout([1], [7, 8], "guide", reward=0.11)
-    assert repo.replace_worst(group, guide)
-    assert group[1] is guide and group == [kept[0], guide, kept[2], kept[3]]
+    guide = Completion([1], [7, 8], "guide", reward=0.11)
+    assert repo.replace_worst(group, guide) and guide.replaced is kept[1]
+    assert group[1] is guide and group == [kept[0], guide, *kept[2:]]
 
 
 # ------------------------------------------------------------------------------------ whole steps
 
 
-def step(
-    cfg=CFG,
-    problems=PROBLEMS[:3],
-    reward_fn=repo.boxed_reward,
-    model=None,
-    tokenizer=None,
-):
-    model = model or tiny_model(scale=2.0)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate)
-    tokenizer = tokenizer or byte_tokenizer()
-    return repo.train_step(model, tokenizer, optimizer, problems, cfg, reward_fn)
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """A sampler that writes `rollout` for q and `rephrase` for P(q,k); notes its calls."""
-    tokenizer, calls = byte_tokenizer(), []
-
-    def script(rollout="no idea", rephrase="So it is \\boxed{%s}.", end=True):
-        def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
-            calls.append((len(prompts), temperature))
-            drawn = []
-            for prompt in prompts:
-                turn = tokenizer.decode(prompt)
-                text = rephrase if "Reference solution" in turn else rollout
-                answers = [p["answer"] for p in PROBLEMS if p["question"] in turn]
-                ids = tokenizer(text.replace("%s", answers[0])).input_ids
-                ids += ends[:1] * end
-                drawn += [(ids, [-5.7] * len(ids))] * num_samples
-            return drawn
-
-        monkeypatch.setattr(repo, "sample", sample)
-        return calls
-
-    return script
-
-
-def test_repo_trains_the_cleaned_rephrase_under_the_plain_question(scripted):
+def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_failed(scripted):
     meta = "Sure, here is the rephrased solution:\n"
-    calls = scripted(rephrase=meta + "So it is \\boxed{%s}.")
-    metrics, groups, guides = step()
-    tokenizer = byte_tokenizer()
-    assert calls == [(3, 1.0), (3, 1.0)]
-    assert metrics["injections"] == 3 and metrics["rephrase_success"] == 1
-    assert metrics["reward"] == 0 and metrics["fail_rate"] == 1  # of the policy's own
-    for problem, group, guide in zip(PROBLEMS, groups, guides):
-        assert group[0] is guide and [r.reward for r in group] == [1, 0, 0, 0]
+    calls = scripted("%s\\boxed{2}<|im_end|>", meta + "So it is \\boxed{%s}.<|im_end|>")
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    metrics, groups, guides = step(model=model, temperature=0.8)
+    assert calls == [(3, 0.8), (2, 0.8)]  # the first question is solved
+    assert metrics["injections"] == 2 and metrics["rephrase/success"] == 1
+    assert metrics["reward"] == 1 / 3  # of the policy's own, as is this:
+    assert metrics["frac_reward_zero_std"] == 1
+    problems, hard = PROBLEMS[1:3], groups[1:]
+    for problem, group, guide in zip(problems, hard, guides):
+        assert group[0] is guide and [o.reward for o in group] == [1, 0, 0, 0]
         question = repo.fill(CFG.question_prompt, problem)
-        assert all(r.prompt == repo.encode_prompt(tokenizer, question) for r in group)
+        assert all(o.prompt == encode_prompt(tokenizer, question) for o in group)
         assert guide.text == f"So it is \\boxed{{{problem['answer']}}}."
-        assert tokenizer.decode(guide.completion) == guide.text + "<|im_end|>"
-    assert metrics["policy_gap/expert"] < 0 and metrics["policy_gap/rephrase"] < 0
+        assert guide.draft == meta + guide.text
+        assert tokenizer.decode(guide.tokens) == guide.text + "<|im_end|>"
+    assert metrics["completions/mean_length"] == 11 and metrics["rephrase/mean_length"] == 20
+    assert metrics["completions/clipped_ratio"] == 0 and metrics["rephrase/length_ratio"] == 20 / 11
+    experts = repo.expert_completions(model, tokenizer, problems, CFG)
+    for kind, policy, texts in (
+        ("rephrase", tiny_model(), guides),
+        ("rollout", tiny_model(), [group[1] for group in hard]),
+        ("expert", model, experts),
+    ):
+        assert_close(metrics[f"logp/{kind}"], token_logps(policy, texts, 0.8).mean())
 
 
-def test_the_rephrase_is_sampled_for_open_gates_only_and_never_for_grpo(scripted):
-    calls = scripted(rollout="\\boxed{2}")  # right for the first question alone
-    metrics, _, _ = step()
-    assert calls == [(3, 1.0), (2, 1.0)] and metrics["injections"] == 2
-    assert metrics["fail_rate"] == pytest.approx(2 / 3)
-    calls.clear()
-    questions = [
-        dict(question=p["question"], answer=p["answer"]) for p in PROBLEMS[:3]
-    ]
-    step(replace(CFG, guidance="none"), questions)  # needs no knowledge
-    assert calls == [(3, 1.0)]
+def test_grpo_asks_for_no_rephrase_and_needs_no_knowledge(scripted):
+    calls = scripted(rollout="no end")
+    questions = [dict(question=p["question"], answer=p["answer"]) for p in PROBLEMS[:3]]
+    metrics, _, _ = step(problems=questions, guidance="none")
+    assert calls == [(3, 1.0)] and metrics["completions/clipped_ratio"] == 1
 
 
-def test_a_wrong_rephrase_stays_out(scripted):
-    scripted(rephrase="\\boxed{0}")
-    metrics, groups, _ = step()
-    assert metrics["injections"] == metrics["rephrase_success"] == 0
-    assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] is None
-    assert all(r.text == "no idea" for group in groups for r in group)
-
-
-@pytest.mark.parametrize(
-    "draft, end, completion",
-    [
-        ("\\boxed{%s}", False, "\\boxed{2}"),
-        ("<think>hm</think>", True, "<|im_end|>"),
-        ("<think>on and on", False, "n"),
-    ],
+@cases(
+    "draft, completion, injections",
+    rows("""
+right<|im_end|> | right<|im_end|> | 3
+right | right | 3
+wrong<|im_end|> | wrong<|im_end|> | 0
+So. As the reference solution shows, it is. So<|im_end|> | <|im_end|> | 0
+<think>on and on |  | 0
+"""),
 )
-def test_a_truncated_rephrase_has_no_end_and_an_empty_one_still_a_token(
-    scripted, draft, end, completion
+def test_a_rephrase_that_is_wrong_or_refused_stays_out_and_a_truncated_one_has_no_end(
+    scripted, draft, completion, injections
 ):
-    scripted(rephrase=draft, end=end)
-    metrics, _, guides = step()
-    assert byte_tokenizer().decode(guides[0].completion) == completion
-    assert metrics["completions/clipped_ratio"] == 1 - end
+    """A refused one is an empty text and stays out even if that is rewarded."""
+    scripted(rephrase=draft)
+    metrics, groups, guides = step(lambda text, answer: float(text in ("right", "")))
+    assert byte_tokenizer().decode(guides[0].tokens) == completion
+    assert metrics["injections"] == int(injections)
+    assert metrics["rephrase/success"] == (guides[0].text != "wrong")
+    assert metrics["rephrase/clipped_ratio"] == ("<|im_end|>" not in draft)
+    if injections == "0":
+        assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] is None
+        assert all(o.text == "no idea" for group in groups for o in group)
 
 
 def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
@@ -624,101 +763,282 @@ def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
         texts.append(text)
         return float("box" in text)
 
-    for guidance in ("rephrase", "verbatim"):
-        metrics, groups, _ = step(replace(CFG, guidance=guidance), reward_fn=has_box)
-        assert metrics["injections"] == 3
-        assert (PROBLEMS[0]["knowledge"] in texts) == (guidance == "verbatim")
-    assert [group[0].text for group in groups] == [
-        p["knowledge"] for p in PROBLEMS[:3]
-    ]
+    step(has_box)
+    assert PROBLEMS[0]["knowledge"] not in texts
+    metrics, groups, _ = step(has_box, guidance="verbatim")
+    assert metrics["injections"] == 3
+    assert [group[0].text for group in groups] == [p["knowledge"] for p in PROBLEMS[:3]]
 
 
-@pytest.mark.parametrize(
+@cases(
     "changes",
-    [
-        {},
-        dict(group_size=2, max_new_tokens=1),
-        dict(updates_per_batch=4, temperature=0.5),
-        dict(gate_threshold=0.0, guidance="verbatim"),
-        dict(guidance="none"),
-    ],
+    texts("""
+{}
+{"group_size": 2, "max_new_tokens": 1}
+{"updates_per_batch": 4, "temperature": 0.5}
+{"gate_threshold": 0, "guidance": "verbatim"}
+{"guidance": "none"}
+"""),
 )
 def test_whole_steps_end_with_finite_metrics(changes):
-    cfg = replace(CFG, **changes)
-    metrics, groups, _ = step(cfg, reward_fn=lambda text, answer: len(text) % 3 / 2)
+    changes = json.loads(changes)
+    metrics, groups, _ = step(lambda text, answer: len(text) % 3 / 2, **changes)
     assert all(value is None or math.isfinite(value) for value in metrics.values())
     assert [len(group) for group in groups] == [changes.get("group_size", 4)] * 3
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, None, "good"])
-def test_a_reward_that_is_no_finite_number_names_prompt_and_completion(
-    scripted, reward
-):
+@cases("reward", [math.nan, math.inf, None, "good"])
+def test_a_reward_that_is_no_finite_number_names_prompt_and_completion(scripted, reward):
     scripted(rollout="forty-two")
-    shown = "(?s)finite number .*What is 1 \\+ 1.*forty-two"
-    with pytest.raises(RepoError, match=shown):
-        step(reward_fn=lambda text, answer: reward)
+    with refused("(?s)finite number.*What is 1 \\+ 1.*forty-two"):
+        step(lambda text, answer: reward)
 
 
 def test_accuracy_is_the_share_of_right_greedy_answers(scripted):
     calls = scripted(rollout="\\boxed{4}")
-    model, tokenizer = tiny_model(), byte_tokenizer()
     cfg = replace(CFG, batch_size=2, group_size=2)
-    share = repo.accuracy(model, tokenizer, PROBLEMS, cfg, repo.boxed_reward)
-    assert share == pytest.approx(1 / 9)
+    assert repo.accuracy(tiny_model(), byte_tokenizer(), PROBLEMS, cfg, boxed_reward) == 1 / 9
     assert calls == [(4, 0.0), (4, 0.0), (1, 0.0)]
 
 
 # ------------------------------------------------------------------- the reward defines a contract
 
-BOXES = {  # gold answer: (right in a box, wrong in a box)
-    "42": (
-        ["42", "$42$", "42.", "42.0", "\\frac{84}{2}", "42\\%", "x = 42"]
-        + ["42\\text{ cm}", "42~\\text{cm}^2", "\\text{42}", "\\$42", "42^ \\circ"]
-        + ["{{{42}}}"],
-        ["42 or 43", "42\\text{ or 43}", "2+40", "-42", "4 2", "42x", ""]
-        + ["nan", "4\\,2", "4\\text{2}", "42\\text{ or more}", "42\\mathrm{i}"]
-        + ["\\not=42"],
-    ),
-    "60": (["60\\%"], ["0.6"]),
-    "1000": (
-        ["1,000", "1{,}000", "1\\,000", "1\\!000"],
-        ["1,00", "1.000", "1, 000", "1,\\,000"],
-    ),
-    "123": (["123"], ["0,123"]),
-    "0.75": (
-        ["3/4", ".75"],
-        ["4/3", "3/0", "\\frac{3}{4}5", "0,75", "0 .75", "\\left.75\\right."],
-    ),
-    "\\frac{\\pi}{2}": (["\\pi/2", "\\dfrac{\\pi}{2}"], ["\\frac{2}{\\pi}"]),
-    "x^{2}+1": (["x^{2} + 1", "{x^{2}+1}"], ["x^{2}-1", "1+x^{2}", "X^{2}+1"]),
-    "\\frac{1}{ab}": (["\\tfrac{1}{ab}"], ["1/ab"]),
-    "[1\\\\ 2]": (["[1\\\\2]"], ["[1 2]"]),
-    "(1, 2)": (["(1,2)", "\\left( 1, 2 \\right)"], ["(2, 1)", "(1 2)"]),
-    "Paris": (["paris", "\\text{Paris}"], ["Paris or London"]),
-    "nan": (["nan"], ["0"]),
-    "-5": (["−5", "- 5", "-\\frac{10}{2}", "\\frac{-10}{2}"], ["5", "--5"]),
-}
-TEXTS = [  # whole completions, gold answer, reward
-    ("the answer is 1, 2, 3, 4", "3", 0),
-    ("\\boxed{3", "3", 0),
-    ("\\boxed{$~$}", "", 0),
-    ("\\boxed{3} or \\boxed{4}", "3", 0),
-    ("\\boxed{3} or \\boxed {4}", "3", 0),
-    ("\\boxed{4}, no, \\boxed{3}, as 4 < 5.", "3", 1),
-    ("\\boxed{3} \\boxed{4", "3", 0),
-    ("\\boxed{\\boxed{3}}", "3", 1),
-    ("\\boxed{" + "9" * 5000 + "}", "9", 0),
-]
+BOXES = r"""
+# whole completions
+\boxed{3 | 3 | wrong
+\boxed{$~$} | 3 | wrong
+\boxed{} | 42 | wrong
+\boxed{3} or \boxed{4} | 3 | wrong
+\boxed{3} or \boxed {4} | 3 | wrong
+\boxed{4}, no, \boxed{3}, as 4 < 5. | 3 | right
+\boxed{3} \boxed{4 | 3 | wrong
+\boxed{\boxed{3}} | 3 | right
+# numbers and their decoration
+42 | 42 | right
+$42$ | 42 | right
+42. | 42 | right
+42.0 | 42 | right
+\frac{84}{2} | 42 | right
+42\% | 42 | right
+x = 42 | 42 | right
+42\text{ cm} | 42 | right
+42~\text{cm}^2 | 42 | right
+\text{42} | 42 | right
+\$42 | 42 | right
+42^ \circ | 42 | right
+{{{42}}} | 42 | right
+42 or 43 | 42 | wrong
+42\text{ or 43} | 42 | wrong
+2+40 | 42 | wrong
+-42 | 42 | wrong
+4 2 | 42 | wrong
+42x | 42 | wrong
+nan | 42 | wrong
+4\,2 | 42 | wrong
+4\text{2} | 42 | wrong
+42\text{ or more} | 42 | wrong
+42\mathrm{i} | 42 | wrong
+\not=42 | 42 | wrong
+60\% | 60 | right
+0.6 | 60 | wrong
+# thousands
+1,000 | 1000 | right
+1{,}000 | 1000 | right
+1\,000 | 1000 | right
+1\!000 | 1000 | right
+1,00 | 1000 | wrong
+1.000 | 1000 | wrong
+1, 000 | 1000 | wrong
+1,\,000 | 1000 | wrong
+123 | 123 | right
+0,123 | 123 | wrong
+# fractions and decimals
+3/4 | 0.75 | right
+.75 | 0.75 | right
+4/3 | 0.75 | wrong
+3/0 | 0.75 | wrong
+\frac{3}{4}5 | 0.75 | wrong
+0,75 | 0.75 | wrong
+0 .75 | 0.75 | wrong
+\left.75\right. | 0.75 | wrong
+# expressions are text
+\pi/2 | \frac{\pi}{2} | right
+\dfrac{\pi}{2} | \frac{\pi}{2} | right
+\frac{2}{\pi} | \frac{\pi}{2} | wrong
+x^{2} + 1 | x^{2}+1 | right
+{x^{2}+1} | x^{2}+1 | right
+x^{2}-1 | x^{2}+1 | wrong
+1+x^{2} | x^{2}+1 | wrong
+X^{2}+1 | x^{2}+1 | wrong
+\tfrac{1}{ab} | \frac{1}{ab} | right
+1/ab | \frac{1}{ab} | wrong
+[1\\2] | [1\\ 2] | right
+[1 2] | [1\\ 2] | wrong
+# tuples
+(1,2) | (1, 2) | right
+\left( 1, 2 \right) | (1, 2) | right
+(2, 1) | (1, 2) | wrong
+(1 2) | (1, 2) | wrong
+# words
+paris | Paris | right
+\text{Paris} | Paris | right
+Paris or London | Paris | wrong
+nan | nan | right
+0 | nan | wrong
+# signs
+−5 | -5 | right
+- 5 | -5 | right
+-\frac{10}{2} | -5 | right
+\frac{-10}{2} | -5 | right
+5 | -5 | wrong
+--5 | -5 | wrong
+# a word that scales the number is no unit
+3\text{ million} | 3 | wrong
+3\text{ million} | 3\text{ million} | right
+3\text{ million} | 3 million | right
+3\mathrm{Million} | 3 | wrong
+\$3\text{ million dollars} | 3 | wrong
+3\textbf{ million} | 3 | wrong
+3\text{ m}\text{illion} | 3 | wrong
+3\text{ thou\text{sand}} | 3 | wrong
+3\text{ US million} | 3 | wrong
+20\text{ dozen eggs} | 20 | wrong
+20\text{ half-dozen} | 20 | wrong
+20\text{ eggs} | 20 | right
+3\text{ hundredths} | 3 | wrong
+3\text{ sixteenths} | 3 | wrong
+3\text{ months} | 3 | right
+3\text{ thirds} | 3 | wrong
+3\text{ seconds} | 3 | right
+3\text{ pairs} | 3 | wrong
+3\text{ times} | 3 | wrong
+3\text{k} | 3 | wrong
+3\text{ M} | 3 | wrong
+3\text{ m} | 3 | right
+3\text{ percentage points} | 3 | wrong
+3\text{ points} | 3 | right
+3\text{ factorial} | 3 | wrong
+3\text{ cm or more} | 3 | wrong
+3\text{ square meters} | 3 | right
+\frac{3}{4}\text{ million} | 3/4 | wrong
+\frac34\text{ million} | \frac{3}{4}\text{ million} | right
+\frac34\text{ mile} | 0.75 | right
+# two units must be one
+3\text{ km} | 3\text{ m} | wrong
+3\text{ PM} | 3\text{ AM} | wrong
+3.0\,\mathrm{km} | 3\text{ km} | right
+3\text{ m}^{2} | 3\text{ m}^2 | right
+3\text{ m}^2 | 3\text{ m} | wrong
+# so must two names, and x= is one only before a value
+3 | x=3 | right
+x=3 | 3 | right
+x=3 | y=3 | wrong
+x=3 | x=3 | right
+x=3 | x=4 | wrong
+x = \frac34 | x=0.75 | right
+x=3\text{ cm} | 3 | right
+x=3\text{ cm} | 3\text{ m} | wrong
+f(x)=x^2 | x^2 | right
+f(x)=x^2 | g(x)=x^2 | wrong
+3=x | 3 | wrong
+x=y=3 | 3 | wrong
+x=y=3 | y=3 | wrong
+2x=3 | 3 | wrong
+\sin(x)=3 | 3 | wrong
+x\le3 | 3 | wrong
+x\leq 3 | x\le3 | right
+x\le3 | x\ge3 | wrong
+x\ne3 | 3 | wrong
+x\not=3 | 3 | wrong
+x= | x= | wrong
+# fractions and roots without braces take one character
+\frac34 | 3/4 | right
+\frac{3}4 | 3/4 | right
+\dfrac3{4} | 3/4 | right
+\frac 3 4 | 3/4 | right
+\tfrac{1}2 | 0.5 | right
+-\frac34 | -3/4 | right
+-\frac34 | 3/4 | wrong
+\frac1{12} | 1/12 | right
+\frac112 | 1/12 | wrong
+\frac123 | \frac{1}{23} | wrong
+\frac12x | \frac{1}{2}x | right
+\frac12x | \frac{1}{2x} | wrong
+\frac12x | 1/2 | wrong
+1\frac34 | 7/4 | wrong
+1\frac34 | 3/4 | wrong
+1\frac34 | 1\frac{3}{4} | right
+1 3/4 | 13/4 | wrong
+\sqrt3 | \sqrt{3} | right
+\sqrt x | \sqrt{x} | right
+\sqrt34 | \sqrt{34} | wrong
+\sqrt34 | \sqrt{3}4 | right
+\sqrt3 | 3 | wrong
+\displaystyle\frac{1}{2} | 1/2 | right
+\displaystyle.5 | 0.5 | right
+\displaystyle.5 | 5 | wrong
+\pm 3 | \pm3 | right
+\pm3 | 3 | wrong
+# so do exponents and indices
+x^{2} | x^2 | right
+a_{2} | a_2 | right
+x^{12} | x^12 | wrong
+x_{10} | x_10 | wrong
+x^{-1} | x^-1 | wrong
+x^{2}3 | x^{23} | wrong
+3^{2} | 9 | wrong
+101_{2} | 101 | wrong
+# a choice
+(B) | B | right
+B | (B) | right
+B. | B | right
+B) | B | right
+\text{B} | B | right
+\text{(B)} | B | right
+\textbf{(B)}. | B | right
+(B) | A | wrong
+(b) | B | wrong
+(AB) | AB | wrong
+(A) or (B) | A | wrong
+A, B | A | wrong
+\sqrt{B} | B | wrong
+(3) | 3 | wrong
+(3,4) | 3 | wrong
+(x) | x | wrong
+# a matrix in brackets or in parentheses, but no determinant
+\begin{bmatrix}1\\2\end{bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | right
+\begin{bmatrix} 1 \\ 2 \end{bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | right
+\begin{vmatrix}1\\2\end{vmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | wrong
+\begin{Bmatrix}1\\2\end{Bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | wrong
+\begin{bmatrix}1&2\end{bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | wrong
+# nothing is evaluated, and no number goes through a float
+1e-05 | 1e-05 | right
+1e-05 | 0.00001 | wrong
+0.1 | 0.1000000000000000055511151231257827 | wrong
+3\times10^2 | 300 | wrong
+# inputs of other kinds
+3\text{ trillion} | 3 | wrong
+3\text{ billion dollars} | 3 | wrong
+3\text{ percent points} | 3 | wrong
+\frac{3}{4}\text{ dozen} | 3/4 | wrong
+x_{1}+x_{2} | x_1+x_2 | right
+y=3x+1 | 3x+1 | right
+\text{(C)} | D | wrong
+\sqrt12 | \sqrt{12} | wrong
+x^{2}y | x^2y | right
+\displaystyle 7 | 7 | right
+\begin{bmatrix}1 & 0\\0 & 1\end{bmatrix} | \begin{pmatrix}1&0\\0&1\end{pmatrix} | right
+\begin{bmatrix}1&0\end{bmatrix} | \begin{pmatrix}10\end{pmatrix} | wrong
+(12,3) | 123 | wrong
+\frac{12}3 | 4 | right
+\boxed{$~$} |  | wrong
+"""
 
 
-def test_the_reward_is_the_contract():
-    cases = list(TEXTS)
-    for gold, (right, wrong) in BOXES.items():
-        cases += [(f"So \\boxed{{{box}}}.", gold, 1) for box in right]
-        cases += [(f"So \\boxed{{{box}}}.", gold, 0) for box in wrong]
-    mistakes = [case for case in cases if repo.boxed_reward(*case[:2]) != case[2]]
-    assert not mistakes
+@cases("text, gold, verdict", rows(BOXES))  # most texts are what is in the box
+def test_the_reward_is_the_contract(text, gold, verdict):
+    text = text if "\\boxed" in text else f"So \\boxed{{{text}}}."
+    assert boxed_reward(text, gold) == (verdict == "right")
 
 
 PIECES = "\\boxed{ { } \\ $ , . - + % / ^ = 1 23 000 \\frac{1} \\text{ nan ٣ ½ x \x00 \ud800"
@@ -730,283 +1050,415 @@ def test_any_text_has_a_reward_and_can_be_cleaned():
     draw = random.Random(0)
     for _ in range(5_000):
         text = "".join(draw.choices(PIECES, k=draw.randint(0, 20)))
-        assert repo.boxed_reward("\\boxed{" + text + "}", text[:3]) in (0.0, 1.0)
+        assert boxed_reward("\\boxed{" + text + "}", text[:3]) in (0.0, 1.0)
         assert len(repo.clean_rephrase(text)) <= len(text)
+    assert boxed_reward("\\boxed{" + "9" * 5000 + "}", "9") == 0
+    assert boxed_reward("the answer is 1, 2, 3, 4", "3") == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("piece", PIECES)
+@cases("piece", PIECES)
 def test_a_million_characters_of_any_piece_take_linear_time(piece):
     """Eight times the text may take thirty times as long, and not sixty-four."""
 
     def seconds(function, length):
         text = (piece * length)[:length]
-        start = time.perf_counter()
-        function(text)
-        return time.perf_counter() - start
+        return timeit.timeit(lambda: function(text), number=1)
 
-    def checked(text):
-        return repo.boxed_reward(text, "1")
-
-    def checked_in_a_box(text):
-        return repo.boxed_reward("\\boxed{a" + text + "b}", "1")
-
-    for function in (checked, checked_in_a_box, repo.clean_rephrase):
+    for function in (
+        lambda text: boxed_reward(text, "1"),
+        lambda text: boxed_reward("\\boxed{a" + text + "b}", "1"),
+        repo.clean_rephrase,
+    ):
         part = min(seconds(function, 125_000) for _ in range(3))
         assert seconds(function, 1_000_000) < 30 * max(part, 0.01)
 
 
 BODY = "We add 3.5 and 4.\n\nSo it is \\boxed{7.5}."
+KEPT = texts(r"""
+Of course, x = 2.
+There is a unique solution, x = 3.
+1. Add 3.⏎2. Add 4.⏎3. So \boxed{7}.
+## Solution⏎⏎- Add 3.⏎- Add 4.⏎⏎**Answer:** \boxed{7}
+| n | f |⏎|---|---|⏎| 1 | 3 |⏎⏎\boxed{3}
+def f(x):⏎    # keeps a reference⏎    return x
+Provided solutions exist, x = 1.
+The given equation has a solution.
+Surely 3 < x and y|z > 1: a <s b> c.
+Here is the key: 3 < 4
+The reference angle is 30 degrees.
+Let the reference point be 0. The reference frame moves.
+The referenced table ends. See the references. The reference's lifetime ends.
+See reference [3]. The legal reference is 42 U.S.C. 1983.
+By frame of reference we mean axes. The reference group has odds of 1.
+Given the solution set {1, 2}, the sum is 3. The solution set is closed.
+The given solution of salt and water is diluted. The saline solution provided 3 grams.
+The original solution had 3 moles. 12 mL evaporate from the given solution.
+The original price was 5, as given.
+The expert witness, in her own words, saw it. The expert's report is late.
+We rewrite the equation as 3x. Rewriting 3/4 as 0.75, add. Let me rewrite the fraction.
+Let me rephrase the problem: find n. In other words, find n.
+The answer key opens the lock.
+I hope to reach 60 km/h. I hope that the train is on time.
+If you have 3 questions and guess, 1/8. The company starts anew.
+Note: x must be positive. Then x = 2.
+The given answer choices are 3 and 4. The answer is 3.
+""")
+CUT = texts(r"""
+Sure! Here is my rewritten version: {}
+Certainly, here's the solution in my own words:⏎{}
+Of course! {}
+Understood.⏎{}
+**Certainly!** {}
+**Certainly!**⏎{}
+**Rephrased solution:**⏎{}
+**Paraphrased solution for 3.5 apples:** {}
+Sure, here is the rephrased solution:⏎⏎{}
+Here is my solution:⏎{}
+Here's a step-by-step solution: {}
+In my own words:⏎{}
+Let us solve it anew:⏎{}
+Got it! Below is the solution.⏎⏎---⏎ {}
+As the reference solution shows, we add. {}
+The reference is right. As the reference solution shows, we add.⏎{}
+The expert's answer is 7.⏎{}
+{} I hope this helps! 😊
+{}⏎⏎Let me know if you have any questions.
+{} This matches the reference solution.
+{}⏎⏎This is consistent with the given solution.
+{} By the provided solution, \boxed{7}.
+{} The answer agrees with the one in the reference.
+{}⏎⏎Note: I rephrased the solution in my own words.
+{}⏎⏎---⏎*(The expert's answer is the same.)*
+{} ✓
+<think>⏎The reference says 7.⏎</think>⏎{}
+so 7</think>{}
+{}<|im_end|>⏎<|im_start|>user⏎And 2+2?
+<|im_start|>assistant⏎{}</s>
+<|start_header_id|>assistant<|end_header_id|>⏎⏎{}
+{}<｜end▁of▁sentence｜>
+<start_of_turn>{}<end_of_turn>
+<start_of_turn>model⏎{}<end_of_turn>
+{}��
+""")  # around {}, which alone stays
+REFUSED = texts(r"""
+We add 3. As the reference solution shows, 4 follows. So \boxed{7}.
+We add 3. According to the provided solution, 4 follows. So \boxed{7}.
+We add 3. The expert's answer is 7. So \boxed{7}.
+We add 3. The given solution says 7. So \boxed{7}.
+We add 3. As stated in the reference, we add. So \boxed{7}.
+We add 3. Like the solution above, we add. So \boxed{7}.
+We add 3. The solution you gave adds 4. So \boxed{7}.
+We add 3. Now I rephrase the next step. So \boxed{7}.
+We get 1. This matches the reference.⏎So it is \boxed{7.5}.
+Now by the provided solution it is \boxed{7}.
+Relative to the reference, expression doubles.
+<think>on and on
+""")
 
 
-@pytest.mark.parametrize(
-    "text, cleaned",
-    [
-        (BODY, BODY),
-        ("Sure, here is the rephrased solution:\n\n" + BODY, BODY),
-        ("**Certainly!**\n" + BODY, BODY),
-        ("Of course, x = 2.", "Of course, x = 2."),
-        ("Here is my solution:\n" + BODY, BODY),
-        ("In my own words:\n" + BODY, BODY),
-        ("**Paraphrased solution for 3.5 apples:** " + BODY, BODY),
-        ("<think>\nThe reference says 7.\n</think>\n" + BODY, BODY),
-        ("so 7</think>" + BODY, BODY),
-        ("<think>on and on", ""),
-        (BODY + "<|im_end|>\n<|im_start|>user\nAnd 2+2?", BODY),
-        ("<|im_start|>assistant\n" + BODY + "</s>", BODY),
-        (BODY + "<｜end▁of▁sentence｜>", BODY),
-        ("<start_of_turn>" + BODY + "<end_of_turn>", BODY),
-        ("As the reference solution shows, we add. " + BODY, BODY),
-        ("We get 1. This matches the reference.\n" + BODY, "We get 1.\n" + BODY),
-        ("The expert's answer is 7.\n" + BODY, BODY),
-        ("Now by the provided solution it is \\boxed{7}.", ""),
-        ("Here's a step-by-step solution:\n" + BODY, BODY),
-        ("Let us solve it anew:\n" + BODY, BODY),
-        ("<|start_header_id|>assistant<|end_header_id|>\n\n" + BODY, BODY),
-        ("<start_of_turn>model\n" + BODY, BODY),
-        ("Provided solutions exist, x = 1.", "Provided solutions exist, x = 1."),
-        ("The reference angle is 30 degrees.", "The reference angle is 30 degrees."),
-        (
-            "Surely 3 < x and y|z > 1: a <s b> c.",
-            "Surely 3 < x and y|z > 1: a <s b> c.",
-        ),
-        ("The given equation has a solution.", "The given equation has a solution."),
-    ],
+@cases("text", ["", BODY, *KEPT])
+def test_cleaning_keeps_a_direct_answer_as_it_is(text):
+    assert repo.clean_rephrase(text) == text
+
+
+@cases("text", CUT)
+def test_cleaning_cuts_what_is_no_answer_from_the_ends(text):
+    assert repo.clean_rephrase(text.replace("{}", BODY)) == BODY
+
+
+@cases("text", REFUSED)
+def test_cleaning_refuses_an_answer_that_speaks_of_its_source(text):
+    assert repo.clean_rephrase(text) == ""
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def answers(path, values, **columns):
+    """What is read of a file with these answers."""
+    written(path, [dict(q="q", k="k", a=value) for value in values])
+    return [problem["answer"] for problem in read(path, **columns)]
+
+
+@cases("path", "d.csv d.json d.jsonl d.parquet d[1].jsonl *.csv".split())
+@cases(
+    "values",
+    texts("""
+["007", "NA", "None", "nan", "1e-05", "1.50", "2024-01-05", "True", "12345678901234567"]
+["9007199254740993", "42"]
+["0.00001", "0.50"]
+[9007199254740993, 0, -1]
+"""),
 )
-def test_cleaning_leaves_a_direct_answer(text, cleaned):
-    assert repo.clean_rephrase(text) == cleaned
+def test_an_answer_is_what_the_file_says(path, values):
+    answers("d1.jsonl", ["another"])
+    assert answers(path, json.loads(values)) == [str(value) for value in json.loads(values)]
+
+
+@cases(
+    "path, values, expected",
+    rows(r"""
+d.json | [9007199254740993, null, 0] | 9007199254740993 0
+d.parquet | [9007199254740993, null, 0] | 9007199254740993 0
+d.csv | ["42", "", "7"] | 42 7
+d.csv | ["2024-01-05", "2024-01-06"] | 2024-01-05 2024-01-06
+d.jsonl | ["4", "\\boxed{5}", "#### 6"] | 4 5 6
+d.jsonl | ["2024-01-05", "2024-01-06"] | timestamp.*CSV
+d.jsonl | [0.5, 1] | float64
+d.parquet | [42.0, null] | float64
+d.json | [true, false] | bool
+d.parquet | [["4"], ["5"]] | List
+d.jsonl | ["007", 3, "[1, 2]"] | Json
+d.jsonl | [[{"role": "user", "content": [{"text": "4"}]}]] | List
+d.jsonl | [{"ground_truth": "4"}] | a.ground_truth
+d.jsonl | [""] | no usable record
+"""),
+)
+def test_gaps_are_left_out_and_what_has_no_one_spelling_is_refused(path, values, expected):
+    try:
+        assert answers(path, json.loads(values)) == expected.split()
+    except RepoError as error:
+        assert re.search(expected, str(error))
+
+
+def test_a_class_label_is_refused_and_not_read_as_its_index():
+    label = Features(a=ClassLabel(names=["no", "yes"]))
+    Dataset.from_dict(dict(a=[1]), label).to_parquet("d.parquet")
+    with refused("ClassLabel"):
+        read("d.parquet", q="a", k="a")
+
+
+CHATS = texts(r"""
+{"q": [{"role": "user", "content": "2+2? "}]}
+{"q": [{"role": "system", "content": "s"}, {"role": "user", "content": "2+2?"}]}
+{"q": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]}
+{"q": null}
+""")
+
+
+@cases("path", ["d.parquet", "d.jsonl"])
+def test_chats_and_fields_of_dicts_are_read_as_in_luffy_and_verl(path, capsys):
+    expert = dict(k=[dict(role="assistant", content="so \\boxed{4}")], m=dict(truth="4", n=1))
+    written(path, [json.loads(chat) | expert for chat in CHATS])
+    expected = dict(question="2+2?", knowledge="so \\boxed{4}", answer="4")
+    assert read(path, a="m.truth") == read(path, a="k") == [expected] * 2
+    assert "2 of 4 records" in capsys.readouterr().out
+
+
+@cases(
+    "text, knowledge, answer",
+    rows(r"""
+#### Step 1⏎so⏎#### 42 | #### Step 1⏎so⏎\boxed{42} | 42
+so⏎##### a⏎####B | so⏎##### a⏎\boxed{B} | B
+so⏎#### 1,200 m⏎ | so⏎\boxed{1,200 m} | 1,200 m
+\boxed{7}.⏎#### Check⏎2 + 5 = 7 | \boxed{7}.⏎#### Check⏎2 + 5 = 7 | 7
+\boxed{7}.⏎#### Check | \boxed{7}.⏎#### Check | 7
+so⏎#### $\boxed{7}$ | so⏎#### $\boxed{7}$ | 7
+2 = <<6/3=2>>2, <<2*1000=2000>>2,000⏎#### 2 | 2 = 2, 2,000⏎\boxed{2} | 2
+<<2-1.5=.5>>.5 (<<(1+1)*50%=1>>1)⏎#### 1 | .5 (1)⏎\boxed{1} | 1
+1 <<= x, 1<<2=4>>x, cout << x=1 >> y⏎#### 4 | 1 <<= x, 1<<2=4>>x, cout << x=1 >> y⏎\boxed{4} | 4
+1 <<= x 1<<2=4>>3 \boxed{4} | 1 <<= x 1<<2=4>>3 \boxed{4} | 4
+"""),
+)
+def test_only_a_text_that_ends_in_its_mark_is_in_the_notation_of_gsm8k(text, knowledge, answer):
+    written("d.jsonl", [dict(q="#### q", k=text)])
+    assert read("d.jsonl", a="k") == [dict(question="#### q", knowledge=knowledge, answer=answer)]
+    assert boxed_reward(knowledge, answer) == 1
+
+
+def test_records_without_an_answer_are_left_out_and_counted(capsys):
+    texts = [
+        "no mark",
+        "so\n#### 4",
+        "####  ",
+        "#### Step\nso",
+        "so\n##### x",
+        None,
+        "so \\boxed{7}",
+    ]
+    assert answers("d.jsonl", texts, k="a") == ["4", "7"]
+    assert "2 of 7 records" in capsys.readouterr().out
+    assert len(read("d.jsonl", "train[3:]", k="a")) == 1
+
+
+@cases(
+    "name, split, content",
+    rows("""
+d.jsonl | train | ⏎
+d.jsonl | test | {}
+d.jsonl | train[:0] | {"q": 1, "k": 1, "a": 1}
+d.jsonl | train | {"q":⏎
+d.csv | train | q;k;a⏎q;k;1⏎
+d.csv | train | q,k,a⏎q,k,1⏎q,so,x,1⏎
+none.csv | train | q,k,a⏎q,k,1⏎
+"""),
+)
+def test_what_cannot_be_read_ends_in_one_line(name, split, content):
+    Path(name.replace("none", "d")).write_text(content)
+    with refused(rf"\A.*{name}' has no .*\Z"):
+        read(name, split)
+
+
+@cases("text", ["q,k,a\nq,so,1,\n", "q,k,a,n\n" + "q,so,1,5\n" * 10_001 + "q,so,1,\n"])
+def test_blanks_at_the_end_of_a_csv_shift_no_column_and_stop_nothing(text):
+    Path("d.csv").write_text(text)
+    assert read("d.csv")[-1] == dict(question="q", knowledge="so", answer="1")
+
+
+def test_overlong_problems_are_left_out_and_counted(capsys):
+    tokenizer = byte_tokenizer(None, eos="<|eos|>")
+    problems = [dict(question="q" * n, knowledge="k") for n in (50, 51, 500)]
+    context = len(encode_prompt(tokenizer, "")) + 51 + CFG.max_new_tokens
+    rest = tiny_model(max_position_embeddings=context), tokenizer, CFG
+    assert repo.fitting(problems, "{knowledge}{question}", *rest) == problems[:1]
+    assert "1 of 3 problems" in capsys.readouterr().out
+    with refused(f"context of {context}"):
+        repo.fitting(problems[2:], "{question}", *rest)
 
 
 # ----------------------------------------------------------- the command line, on files made here
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return run_tiny.codebooks(0, tmp_path_factory.mktemp("world"), DEVICE)
-
-
-@pytest.fixture(scope="module")
-def files(world, tmp_path_factory):
-    """The miniature's base policy, as save_pretrained wrote it, and GSM8K-shaped data for it."""
-    rows = []
-    for problem in world.problems[:5]:
-        steps = problem["knowledge"].partition("\\boxed")[0]
-        solution = f"<<1+1=2>>{steps}#### {problem['answer']}"
-        rows.append(dict(question=problem["question"], answer=solution))
-    folder = tmp_path_factory.mktemp("files")
-    write_rows(folder / "data.jsonl", rows)
-    (folder / "model").symlink_to(world.model)
-    return folder
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def flags(files, out, **changes):
-    """The command line of a small run."""
-    settings = dict(
-        model=files / "model",
-        dataset=files / "data.jsonl",
-        out=out,
-        steps=4,
-        batch_size=4,
-        group_size=4,
-        max_new_tokens=20,
-        learning_rate=1e-3,
-        device="cpu",
-        question_prompt="{question}",
-        rephrase_prompt="{question}?{knowledge}",
-    )
-    argv = []
-    for name, value in {**settings, **changes}.items():
-        argv += ["--" + name.replace("_", "-"), str(value)]
-    return argv
-
-
-def lines(out):
-    """metrics.jsonl without what depends on the clock."""
-    rows = []
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows.append({key: row[key] for key in row if "seconds" not in key})
-    return rows
-
-
-def same_run(a, b):
-    first = AutoModelForCausalLM.from_pretrained(a / "model")
-    second = AutoModelForCausalLM.from_pretrained(b / "model")
-    return torch.equal(all_weights(first), all_weights(second)) and lines(a) == lines(b)
-
-
-def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, tmp_path, capsys):
-    repo.main(flags(files, tmp_path, eval_split="train[:3]", device=DEVICE))
-    assert [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3]
-    summary = json.loads((tmp_path / "summary.json").read_text())
+def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
+    repo.main(flags(files, eval_split="train[:3]", device=DEVICE))
+    assert [row["step"] for row in lines()] == [0, 1, 2, 3]
+    summary = json.loads(Path("out/summary.json").read_text())
     assert set(summary) == {"accuracy_before", "accuracy_after"}
-    shown = capsys.readouterr().out
-    assert "step 3: reward" in shown
-    model, tokenizer = repo.load_model(str(tmp_path / "model"), "cpu")
+    shown = capsys.readouterr()
+    assert "step 3: " in shown.out and "it/s" not in shown.err  # no bars where no terminal is
+    model, tokenizer = repo.load_model("out/model", "cpu")
     assert model.dtype == torch.float32 and tokenizer.chat_template
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(files, tmp_path):
-    for name, seed in (("a", 4), ("b", 4), ("c", 5)):
-        repo.main(flags(files, tmp_path / name, seed=seed))
-    assert any(row["injections"] for row in lines(tmp_path / "a"))
-    assert same_run(tmp_path / "a", tmp_path / "b")
-    assert lines(tmp_path / "a") != lines(tmp_path / "c")
+def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
+    scripted(rollout="\\boxed{2}", rephrase="Sure! So it is \\boxed{%s}.")
+    _, groups, guides = step()
+    assert repo.episode(PROBLEMS[:3], groups, guides) == dict(
+        PROBLEMS[1],
+        rollouts=[dict(reward=0.0, text="\\boxed{2}")] * 4,
+        draft="Sure! So it is \\boxed{4}.",
+        guide="So it is \\boxed{4}.",
+        reward=1.0,
+        injected=True,
+    )
+
+
+def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(files):
+    Path("whole").mkdir()
+    Path("whole/metrics.jsonl").touch()  # a log without a line is no run
+    repo.main(flags(files, "whole", steps=5, save_every=0))
+    assert "holds a run; go on with --resume" in refusal(flags(files, "whole"))
+    changed = flags(files, "whole", resume=True, seed=1)
+    assert "made with seed = 0, and now it is 1" in refusal(changed)
+    repo.main(flags(files, "parts", steps=3, save_every=2))
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        assert lines("parts", name)
+        with Path("parts", name).open("a") as log:
+            log.write('{"step": 3, "half a li')  # what a killed run may leave
+    repo.main(flags(files, "parts", steps=5, resume=True, micro_batch_tokens=9999))
+    assert outcome("whole") == outcome("parts")
+    repo.main(flags(files, "other", steps=1, seed=1))
+    assert lines("other") != lines("whole")[:1]
     assert repo.draw_batch(PROBLEMS, 0, CFG) != repo.draw_batch(PROBLEMS, 1, CFG)
 
 
-def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path):
-    repo.main(flags(files, tmp_path / "whole", steps=5, save_every=0))
-    parts = tmp_path / "parts"
-    repo.main(flags(files, parts, steps=3, save_every=2))
-    with (parts / "metrics.jsonl").open("a") as log:
-        log.write('{"step": 3, "half a li')  # what a killed run may leave
-    repo.main(flags(files, parts, steps=5, resume=True, micro_batch_tokens=9999))
-    assert same_run(tmp_path / "whole", parts)
-
-
-def test_a_checkpoint_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    model = tiny_model()
-    optimizer = torch.optim.AdamW(model.parameters())
-    file = tmp_path / "checkpoint.pt"
-    repo.save_checkpoint(file, 1, model, optimizer, {})
+def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
+    file, model = Path("checkpoint.pt"), tiny_model()
+    rest = model, torch.optim.AdamW(model.parameters()), {}
+    repo.save_checkpoint(file, "first", *rest)
 
     def fail(state, path):
         path.write_text("half")
         raise ZeroDivisionError
 
-    monkeypatch.setattr(repo.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(ZeroDivisionError):
-        repo.save_checkpoint(file, 2, model, optimizer, {})
-    assert repo.load_checkpoint(file, model, optimizer, {}) == 1
+        repo.save_checkpoint(file, "second", *rest)
+    assert repo.load_checkpoint(file, {})["log"] == "first"
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(
-    files, tmp_path
-):
-    """Each child is ended by SIGKILL; after twenty kills the run is left to finish."""
-    settings = dict(steps=40, save_every=1, batch_size=1, group_size=2)
-    tqdm.tqdm.set_lock(threading.RLock())  # the usual one a killed child would keep
-    repo.main(flags(files, tmp_path / "whole", **settings))
-    draw, context, kills = random.Random(0), multiprocessing.get_context("fork"), 0
-    argv = flags(files, tmp_path / "out", resume=True, **settings)
+def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
+    """Each process is ended by SIGKILL; after twenty kills the run is left to finish."""
+    settings = dict(steps=40, save_every=1, batch_size=1, group_size=2, resume=True)
+
+    def ended(out, after=None):
+        """How a process ended by itself, or was killed after so many seconds."""
+        argv = flags(files, out, **settings)
+        process = subprocess.Popen(
+            [sys.executable, repo.__file__, *argv], stdout=subprocess.DEVNULL
+        )
+        try:
+            return process.wait(after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    seconds = timeit.timeit(lambda: ended("whole"), number=1)
+    kills, reached = 0, set()
     while kills < 20:
-        child = context.Process(target=repo.main, args=(argv,))
-        child.start()
-        child.join(draw.uniform(0.2, 1.2))
-        if child.is_alive():
-            child.kill()
+        ending = ended("out", random.uniform(0.5, 1.0) * seconds)
+        reached |= {file.read_text().count("\n") for file in Path("out").glob("metrics.jsonl")}
+        if ending == 0:  # before the kill: anew
+            shutil.rmtree("out")
+        else:
+            assert ending == -signal.SIGKILL
             kills += 1
-        child.join()
-        if (tmp_path / "out/model").exists():  # at the end before the last kill: anew
-            shutil.rmtree(tmp_path / "out")
-    repo.main(argv)
-    assert same_run(tmp_path / "whole", tmp_path / "out")
+    assert len(reached) > 5
+    assert ended("out") == 0
+    assert outcome("whole") == outcome("out")
 
 
-def test_a_used_folder_and_changed_settings_are_refused(files, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")  # a log without a line is no run
-    repo.main(flags(files, tmp_path, steps=1))
-    with pytest.raises(SystemExit, match="holds a run; go on with --resume"):
-        repo.main(flags(files, tmp_path, steps=1))
-    with pytest.raises(SystemExit, match="made with seed = 0, and now it is 1"):
-        repo.main(flags(files, tmp_path, steps=2, resume=True, seed=1))
-
-
-@pytest.mark.parametrize(
+@cases(
     "change, message",
-    [
-        (dict(question_column="problem"), "no column 'problem', but .'question', 'answer'"),
-        (dict(group_size=1), "group_size is 1; it must be"),
-        (dict(max_new_tokens=50), "50 do not fit the model's context of 64"),
-        (
-            dict(answer_column="question", knowledge_column="question"),
-            "no usable rec",
-        ),
-    ],
+    rows("""
+--question-column=problem | problem.*'question', 'answer'
+--group-size=1 | group_size is 1; it must be
+--knowledge-column=question --answer-column=question | no usable rec
+--guidance=verbatim --knowledge-column=question | takes no expert's text
+--eval-split=test | no readable
+--out=file | --out
+--out=file/below | --out
+--device=cuda:77 | --device
+--device=abacus | --device
+"""),
 )
-def test_what_cannot_work_ends_in_one_line(files, tmp_path, change, message):
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        repo.main(flags(files, tmp_path, **change))
+def test_what_cannot_work_ends_in_one_line_before_the_model_is_loaded(
+    files, change, message, monkeypatch
+):
+    monkeypatch.setattr(repo, "load_model", None)
+    Path("file").touch()
+    assert re.search(f"^error: .*{message}", refusal(flags(files) + change.split()))
 
 
-@pytest.mark.parametrize(
-    "split, content", [("train", ""), ("test", "{}"), ("train[:0]", "{}")]
-)
-def test_an_empty_dataset_is_named(tmp_path, split, content):
-    (tmp_path / "d.jsonl").write_text(content)
-    with pytest.raises(RepoError, match="d.jsonl' has no"):
-        repo.load_problems(repo.Run("m", str(tmp_path / "d.jsonl"), "o"), split)
+def test_a_model_that_cannot_work_ends_in_one_line(files):
+    assert "context of 2048" in refusal(flags(files, max_new_tokens=2048))
+    small = saved(tiny_model(vocab=200), "small")
+    assert "200 embeddings" in refusal(flags(files, model=small))
+    adapter = Path(saved(tiny_model()), "config.json").rename("saved/adapter_config.json").parent
+    assert "saved' is no causal" in refusal(flags(files, model=adapter))
 
 
-def test_a_mistyped_flag_is_named(files, tmp_path, capsys):
+def test_a_mistyped_flag_is_named(files, capsys):
     with pytest.raises(SystemExit):
-        repo.main(flags(files, tmp_path, grup_size=8))
-    assert "unknown: --grup-size 8" in capsys.readouterr().err
+        repo.main(flags(files) + ["--grup-size=8"])
+    assert "unknown: --grup-size=8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
-def test_every_file_format_and_own_columns(suffix, tmp_path):
-    rows = dict(q=["a?", "#### b?"], k=["since a", "since b"], a=[1, 0])
-    data = Dataset.from_dict(rows)
-    path = str(tmp_path / f"data.{suffix}")
-    getattr(data, "to_" + suffix.replace("jsonl", "json"))(path)
-    columns = dict(question_column="q", knowledge_column="k", answer_column="a")
-    problems = repo.load_problems(repo.Run("m", path, "o", **columns), "train")
-    assert problems[1] == dict(question="#### b?", knowledge="since b", answer="0")
+def test_a_mixture_of_experts_is_trained_without_a_loss_of_its_own():
+    mixture = tiny_model("mixtral", num_local_experts=4, output_router_logits=True)
+    model, tokenizer = repo.load_model(saved(mixture), DEVICE)
+    metrics, _, _ = step(graded, model, tokenizer)
+    assert metrics["grad_norm"] > 0
 
 
-def test_records_without_an_answer_are_left_out_and_counted(tmp_path, capsys):
-    answers = ["no mark", "so\n#### 4", "####  ", None, "so \\boxed{7}"]
-    file = tmp_path / "d.jsonl"
-    write_rows(file, [dict(question="q?", answer=answer) for answer in answers])
-    problems = repo.load_problems(repo.Run("m", str(file), "o"), "train")
-    assert [p["answer"] for p in problems] == ["4", "7"]
-    assert "2 of 5 records" in capsys.readouterr().out
-
-
-def test_gsm8k_experts_are_right_and_lose_their_calculator_marks(files, world):
-    run = repo.Run("m", str(files / "data.jsonl"), "o")
-    (problem,) = repo.load_problems(run, "train[3:4]")
-    assert problem["answer"] == world.problems[3]["answer"]
-    assert "<<" not in problem["knowledge"]
-    assert repo.boxed_reward(problem["knowledge"], problem["answer"]) == 1
-
-
-def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth(tmp_path):
-    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    model, _ = repo.load_model(str(tmp_path), DEVICE)
+def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth():
+    model, _ = repo.load_model(saved(tiny_model().to(torch.bfloat16)), DEVICE)
     before = all_weights(model)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
-    repo.update(model, optimizer, random_groups(), CFG)
-    after = all_weights(model)
-    assert after.dtype == torch.float32 and (after != before).float().mean() > 0.5
+    update(model, torch.optim.AdamW(model.parameters(), 1e-6), random_groups())
+    moved = all_weights(model) != before
+    assert before.dtype == torch.float32 and moved.float().mean() > 0.5
 
 
 # -------------------------------------------------------------------------------------- run_tiny
@@ -1020,71 +1472,99 @@ def test_the_headline_of_the_miniature(world):
     assert grpo["hard"] <= 0.02 and grpo["injections_first10"] == 0
     assert rephrasing["hard"] > 0.5 and rephrasing["general"] > 0.8
     assert rephrasing["injections_last10"] < 0.5 * rephrasing["injections_first10"]
-    assert (
-        rephrasing["policy_gap_expert"] < -5 < -2 < rephrasing["policy_gap_rephrase"]
-    )
+    assert rephrasing["logp_expert"] < -5 < -2 < rephrasing["logp_rephrase"]
 
 
-def test_every_method_of_the_comparison_runs_and_reports_the_same_keys(world):
-    results = [run_tiny.run(world, name, 0, 2, DEVICE) for name in run_tiny.METHODS]
-    keys = [list(result["summary"]) for result in results]
-    assert all(k == keys[0] for k in keys)
-    shown = run_tiny.table(results)
-    assert all(f"| {name} " in shown for name in run_tiny.METHODS)
+@cases("toy", [True, False])
+def test_every_method_runs_in_both_worlds_and_without_hard_problems(toy, world):
+    world = replace(world if toy else run_tiny.realms(3, saved(tiny_model())))
+    world.cfg = replace(world.cfg, batch_size=6, max_new_tokens=20)
+    world.held_out = {part: problems[:4] for part, problems in world.held_out.items()}
+    world.everyday = world.everyday[:4]
+    easy = [problem for problem in world.problems if not problem["hard"]]
+    results = []
+    for folder, problems in (("all", world.problems), ("easy", easy)):
+        part = replace(world, folder=Path(folder), problems=problems)
+        results += [run_tiny.run(part, name, 0, 1, DEVICE) for name in run_tiny.METHODS]
+    summaries = [result["summary"] for result in results]
+    assert len({tuple(summary) for summary in summaries}) == 1
+    assert all(f"| {name} " in run_tiny.table(results) for name in run_tiny.METHODS)
+    drifts = [summary["drift"] for summary in summaries if summary["method"] == "sft"]
+    assert drifts[0] > 0 == drifts[1]  # without hard problems it trains nothing
 
 
-def test_what_is_measured_is_never_trained_on(tmp_path):
-    (tmp_path / "base-5").mkdir()  # world 5 draws a held-out problem a second time
-    codebooks, realms = run_tiny.codebooks(5, tmp_path, "cpu"), run_tiny.realms(0, "")
-    trained = {p["question"] for p in codebooks.problems + realms.problems}
+def test_what_star_no_push_and_the_true_ratio_change(scripted):
+    scripted("\\boxed{2}", "\\boxed{4}")  # a solved question, an injection and a wrong rephrase
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    made = run_tiny.first_three_steps(model, tokenizer, PROBLEMS[:3], CFG, boxed_reward)
+    _, (solved, injected, failed), (guide, _) = made
+    made = model, tokenizer, *made, CFG
+    solved[0].advantage = failed[0].advantage = -1.0
+    run_tiny.no_push(*made)
+    advantages = [o.advantage for o in solved[:2] + injected + failed[:2]]
+    assert advantages == [-1, 0, guide.advantage, 0, 0, 0, -1, 0]
+    repo.assign_advantages(made[3])
+    run_tiny.star(*made)
+    logp = sum(token_logps(model, [o], 1.0).mean() for o in [*solved, guide]) / 5
+    expected = gradient_of(model, -logp)
+    assert_close(gradient(model, made[3], repo.update), expected)
+    run_tiny.true_ratio(*made)
+    hinted = encode_prompt(tokenizer, repo.fill(CFG.rephrase_prompt, PROBLEMS[1]))
+    assert_close(guide.old_logps, token_logps(model, [replace(guide, prompt=hinted)], 1.0))
+
+
+def test_what_is_measured_is_never_trained_on():
+    Path("codebooks 3/base").mkdir(parents=True)  # it draws a held-out problem once more
+    codebooks, realms = run_tiny.codebooks(3, Path(), "cpu"), run_tiny.realms(0, "")
+    trained = codebooks.problems + realms.problems
     held_out = codebooks.held_out["hard"] + codebooks.held_out["general"]
     held_out += realms.held_out["general"] + realms.held_out["hard_rephrased"]
-    assert not trained & {p["question"] for p in held_out}
+    assert not any(problem in trained for problem in held_out)
 
 
 def test_worlds_are_drawn_from_their_seed():
-    assert run_tiny.realms(1, "") == run_tiny.realms(1, "") != run_tiny.realms(2, "")
+    one, same, other = (run_tiny.realms(seed, "").problems for seed in (1, 1, 2))
+    assert one == same != other
 
 
-def test_the_reward_of_the_realms_takes_a_sentence_and_nothing_degenerate():
-    world = run_tiny.realms(0, "model")
-    for p in world.problems:
-        realm, capital = p["answer"].split(", ")
-        sentence = f"The capital of {realm} is {capital}"
-        for text in (p["knowledge"], sentence + ".", sentence):
-            assert run_tiny.realm_reward(text, p["answer"]) == 1
-        for text in (
-            f"The city of {capital} is that of {realm} is the city of {capital}.",
-            f"The capital of {realm} is {capital}, says the reference.",
-            f"{capital} {capital}.",
-            f"It is {capital}.",
-        ):
-            assert run_tiny.realm_reward(text, p["answer"]) == 0
+@cases(
+    "text, reward",
+    rows("""
+The capital of Katalia is Nudis. | 1
+The capital of Katalia is Nudis | 1
+The city of Nudis is that of Katalia is the city of Nudis. | 0
+The capital of Katalia is Nudis, says the reference. | 0
+Nudis Nudis. | 0
+It is Nudis. | 0
+"""),
+)
+def test_the_reward_of_the_realms_takes_a_sentence_and_nothing_degenerate(text, reward):
+    assert run_tiny.realm_reward(text, "Katalia, Nudis") == int(reward)
+    for problem in run_tiny.realms(0, "").problems:
+        assert run_tiny.realm_reward(problem["knowledge"], problem["answer"]) == 1
 
 
-def test_the_command_shows_charts_completions_and_a_table_and_writes_both_files(
-    tmp_path, capsys
-):
-    """The world of realms on a random tiny model, two steps a method; no download."""
-    byte_tokenizer().save_pretrained(tmp_path)
-    tiny_model().save_pretrained(tmp_path)
-    argv = "--methods repo verbatim --steps 2 --world-seed 3 --device".split() + [
-        DEVICE
-    ]
-    run_tiny.main(["--model", str(tmp_path), "--out", str(tmp_path), *argv])
+def test_a_comparison_is_shown_and_goes_on_where_it_stood(capsys):
+    line = f"--model {saved(tiny_model())} --out out --steps 1 --world-seed 3 --device {DEVICE}"
+    argv = line.split() + ["--methods", "repo", "verbatim"]
+    run_tiny.main(argv)
     shown = capsys.readouterr().out
-    for part in (
-        "hard accuracy",
-        "injections a step",
-        "before  ",
-        "| verbatim | 0.00",
-    ):
+    assert "\n| verbatim         | 0.00 " in shown
+    folders = [file.parent for file in sorted(Path("out").rglob("summary.json"))]
+    repo_lines, verbatim_lines = map(lines, folders)
+    assert repo_lines[0]["method"] == "repo" and verbatim_lines[0]["injections"] > 0
+    (folders[1] / "summary.json").unlink()
+    (folders[1] / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    run_tiny.main(argv)
+    assert capsys.readouterr().out.count("not trained again") == 1
+    assert [repo_lines, verbatim_lines] == [*map(lines, folders)]
+    run_tiny.main(["--show", "out"])
+    shown = capsys.readouterr().out
+    assert all(f"\n{key} " in shown for key in ("hard", "injections", "reward", "logp/expert"))
+
+
+def test_one_step_is_explained(world, capsys):
+    run_tiny.explain(world, DEVICE)
+    shown, problem = capsys.readouterr().out, world.held_out["hard"][0]
+    for part in (problem["question"], problem["knowledge"], "1.50, -0.50, -0.50, -0.50"):
         assert part in shown
-    steps, runs = lines(tmp_path), json.loads((tmp_path / "summary.json").read_text())
-    assert [m["method"] for m in steps] == ["repo", "repo", "verbatim", "verbatim"]
-    assert [r["world_seed"] for r in runs] == [3, 3] and runs[0][
-        "hard_rephrased"
-    ] == 0
-    assert (
-        runs[1]["injections_last10"] == run_tiny.mean_of(steps[2:], "injections") > 0
-    )
