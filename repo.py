@@ -911,8 +911,8 @@ def load_problems(run, split):
     except Exception as error:  # whatever a reader raises
         raise RepoError(
             f"{run.dataset!r} has no readable {columns} in {split!r}: "
-            f"{error.__cause__ or error!r}; a file must not be empty, and has only the split train, "
-            "or a part of it: train[:200]"
+            f"{error.__cause__ or error!r}; a file must not be empty, and has only the split "
+            "train, or a part of it: train[:200]"
         ) from error
     for column, kind in data.features.items():
         if isinstance(kind, List) and isinstance(kind.feature, dict):  # the turns of a chat
