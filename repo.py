@@ -19,8 +19,8 @@ clip never acts, and an injected group has the advantages (G-1)/√G for o_rep a
 failure (G = 8: 2.47 and -0.35). A step on a hard question is supervised learning on one verified
 text of the policy's own, and a push away from G-1 failures. Its kin:
 
-    GRPO                   nothing is injected (ρ > 1)
-    STaR, 2203.14465       the same text, supervised, without the group and its failures
+    GRPO                   nothing is injected (--guidance none)
+    STaR, 2203.14465       such a text, supervised, without the group and its failures
     context distillation   what stood in the prompt moves into the weights (2209.15189)
     LUFFY, 2504.14945      the expert's own text in the group, its ratios shaped
     Guide, 2506.13923      hints where all rollouts fail, the ratio corrected for the hint
@@ -143,8 +143,8 @@ class Completion:
     tokens: list  # token ids, with the end token, which is trained too
     text: str  # the tokens as the reward reads them
     truncated: bool = False  # max_new_tokens came before an end token
-    sampler_logps: list = ()  # log π_old of each token, in nats; none for a text from elsewhere
-    old_logps: list = ()  # the same by the first pass of the update, for every text that is trained
+    sampler_logps: list = ()  # log π_old of each token, in nats; empty for a text from elsewhere
+    old_logps: list = ()  # the same by the update's first pass: the denominator of the ratio
     reward: float = 0.0
     advantage: float = math.nan  # until its group has been compared
     draft: str = ""  # of o_rep: what the policy wrote, before cleaning
@@ -206,8 +206,8 @@ def timed(function):
 def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
     """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
 
-    Raises: RepoError if most begin with thoughts: o_rep has none, and would teach to leave them
-    out, while thoughts cut off here would not be what was sampled (ours).
+    Raises: RepoError if most begin with thoughts. A rephrase has none, and would teach to leave
+    them out (ours).
     """
     questions = [fill(cfg.question_prompt, problem) for problem in problems]
     groups = complete(model, tokenizer, questions, num_samples, temperature, cfg)
@@ -465,7 +465,8 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     rf" (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
 CHATTER = re.compile(  # of no matter in the middle, but no beginning or end of an answer
-    r"(?i)^[\W_]*$|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
+    r"(?i)^(?:[^\w\\$`|()\[\]{}]|_)*$"
+    r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
     r"|^\W*(?:[\w ]+[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
     rf"(?:version|{SOLUTION})[^=\\\d]*$"
     r"|\bI hope (?:it|that|this) (?:\w+ )?(?:clarifies|helps|is clear)|\blet me know (?:how|if)\b"
@@ -508,11 +509,11 @@ def replace_worst(group, guide):
     which has no advantages. With graded rewards a worse guide would make the failures look good.
     An empty text, which is what a refused draft leaves, stays out whatever its reward.
     """
-    worst = min(group, key=lambda o: o.reward)
-    better = guide.text != "" and guide.reward > worst.reward
+    worst = min(range(len(group)), key=lambda n: group[n].reward)
+    better = guide.text != "" and guide.reward > group[worst].reward
     if better:
-        group[group.index(worst)] = guide
-        guide.replaced = worst
+        guide.replaced = group[worst]
+        group[worst] = guide
     return better
 
 
@@ -530,8 +531,8 @@ def assign_advantages(groups):
 def group_advantages(rewards):
     """A_i = (R_i - mean R) / (std R + 1e-6) in each group: [B, G] in fp64 -> [B, G] in fp32.
 
-    The unbiased std and the 1e-6 are ours. Equal rewards give exactly 0, where otherwise a rounding
-    error would be divided by 1e-6.
+    The unbiased std and the 1e-6 are ours. Equal rewards give exactly 0: a rounding error would be
+    an advantage, and AdamW, which rescales gradients, would make a full step of it.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
@@ -545,8 +546,8 @@ def update(model, optimizer, groups, cfg, reference=None):
 
     With one update the policy that is trained is the one that sampled: the ratio is exactly 1, the
     clip never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
-    Raises: before the weights move, RepoError if kl_beta is set without a reference and where
-    `sampler_diff` does, RuntimeError if the gradient is not finite.
+    Raises: RepoError if kl_beta is set without a reference, and where `sampler_diff` does;
+    RuntimeError if a gradient is not finite. The weights do not move by such a gradient.
     """
     if cfg.kl_beta and reference is None:
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
@@ -1011,6 +1012,7 @@ def train(run: Run, cfg: Config):
 
     model, tokenizer = load_model(run.model, run.device)
     reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
+    # By the longer prompt, P(q,k), also where no guidance is used: all train on the same problems.
     problems = fitting(problems, cfg.rephrase_prompt, model, tokenizer, cfg)
     held_out = fitting(held_out, cfg.question_prompt, model, tokenizer, cfg)
     before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume

@@ -1082,6 +1082,9 @@ There is a unique solution, x = 3.
 ## Solution⏎⏎- Add 3.⏎- Add 4.⏎⏎**Answer:** \boxed{7}
 | n | f |⏎|---|---|⏎| 1 | 3 |⏎⏎\boxed{3}
 def f(x):⏎    # keeps a reference⏎    return x
+So we get⏎\[⏎\boxed{72}⏎\]
+$$⏎x = 3⏎$$⏎So it is⏎$$⏎\boxed{3}⏎$$
+```python⏎def f(x):⏎    return x⏎```
 Provided solutions exist, x = 1.
 The given equation has a solution.
 Surely 3 < x and y|z > 1: a <s b> c.
