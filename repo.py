@@ -127,6 +127,9 @@ class Config:
             ("guidance", self.guidance in ("rephrase", "verbatim", "none"), "one of the three"),
             ("fail_threshold", 0 < self.fail_threshold <= 1, "above 0 and at most 1"),
             ("gate_threshold", 0 <= self.gate_threshold <= 1, "a share of the group, 0 to 1"),
+            ("clip_epsilon", self.clip_epsilon >= 0, "at least 0"),
+            ("kl_beta", self.kl_beta >= 0, "at least 0, or the policy would flee its reference"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
             ("question_prompt", "{question}" in self.question_prompt, "a text with {question}"),
             ("rephrase_prompt", "{knowledge}" in self.rephrase_prompt, "a text with {knowledge}"),
         ]

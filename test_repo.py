@@ -314,6 +314,9 @@ fail_threshold | 0.0
 fail_threshold | 1.1
 temperature | 0.0
 temperature | NaN
+clip_epsilon | -0.2
+kl_beta | -0.1
+learning_rate | 0.0
 guidance | "verbtim"
 question_prompt | "{knowledge}"
 rephrase_prompt | "{question}"
