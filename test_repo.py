@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import timeit
 from dataclasses import fields, replace
 from pathlib import Path
@@ -1388,32 +1389,29 @@ def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
 def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
     """Each process is ended by SIGKILL; after twenty kills the run is left to finish."""
     settings = dict(steps=40, save_every=1, batch_size=1, group_size=2, resume=True)
+    metrics = Path("out/metrics.jsonl")
 
-    def ended(out, after=None):
-        """How a process ended by itself, or was killed after so many seconds."""
+    def start(out):
         argv = flags(files, out, **settings)
-        process = subprocess.Popen(
-            [sys.executable, repo.__file__, *argv], stdout=subprocess.DEVNULL
-        )
-        try:
-            return process.wait(after)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+        return subprocess.Popen([sys.executable, repo.__file__, *argv], stdout=subprocess.DEVNULL)
 
-    seconds = timeit.timeit(lambda: ended("whole"), number=1)
-    kills, reached = 0, set()
-    while kills < 20:
-        ending = ended("out", random.uniform(0.5, 1.0) * seconds)
-        reached |= {file.read_text().count("\n") for file in Path("out").glob("metrics.jsonl")}
-        if ending == 0:  # before the kill: anew, and sooner
+    def written():
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    reached = []
+    while len(reached) < 20:
+        process, before = start("out"), written()
+        while process.poll() is None and written() <= before:
+            time.sleep(0.01)
+        time.sleep(random.random() / 3)
+        process.kill()
+        if process.wait() == 0:  # it had come to its end: anew
             shutil.rmtree("out")
-            seconds *= 0.9
         else:
-            assert ending == -signal.SIGKILL
-            kills += 1
-    assert len(reached) > 5
-    assert ended("out") == 0
+            assert process.returncode == -signal.SIGKILL
+            reached.append(written())
+    assert len(set(reached)) > 5
+    assert start("out").wait() == start("whole").wait() == 0
     assert outcome("whole") == outcome("out")
 
 
