@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -109,9 +108,7 @@ def tiny_model(kind="llama", vocab=300, seed=0, scale=2.0, **settings):
 CFG = Config(group_size=4, batch_size=3, max_new_tokens=12, learning_rate=1e-3)
 PROBLEMS = [
     dict(
-        question=f"What is {i} + {i}?",
-        knowledge=f"\\boxed{{{2 * i}}}, says k.",
-        answer=str(2 * i),
+        question=f"What is {i} + {i}?", knowledge=f"\\boxed{{{2 * i}}}, says k.", answer=str(2 * i)
     )
     for i in range(1, 10)
 ]
@@ -1045,8 +1042,10 @@ def test_the_reward_is_the_contract(text, gold, verdict):
     assert boxed_reward(text, gold) == (verdict == "right")
 
 
-PIECES = "\\boxed{ { } \\ $ , . - + % / ^ = 1 23 000 \\frac{1} \\text{ nan ٣ ½ x \x00 \ud800"
-PIECES = PIECES.split() + "<think> </think> <|im_end|> <|a Sure! reference".split()
+PIECES = (
+    "\\boxed{ { } \\ $ , . - + % / ^ = 1 23 000 \\frac{1} \\text{ nan ٣ ½ x \x00 \ud800 "
+    "<think> </think> <|im_end|> <|a Sure! reference"
+).split()
 PIECES += [" ", "\n", ": ", "the reference ", "here is my "]
 
 
@@ -1388,28 +1387,26 @@ def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
 @pytest.mark.slow
 def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
     """Each process is ended by SIGKILL; after twenty kills the run is left to finish."""
-    settings = dict(steps=40, save_every=1, batch_size=1, group_size=2, resume=True)
     metrics = Path("out/metrics.jsonl")
+    reached = []
 
     def start(out):
-        argv = flags(files, out, **settings)
-        return subprocess.Popen([sys.executable, repo.__file__, *argv], stdout=subprocess.DEVNULL)
+        argv = flags(files, out, steps=40, save_every=1, batch_size=1, group_size=2, resume=True)
+        return subprocess.Popen([sys.executable, repo.__file__, *argv])
 
-    def written():
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    reached = []
     while len(reached) < 20:
-        process, before = start("out"), written()
-        while process.poll() is None and written() <= before:
-            time.sleep(0.01)
-        time.sleep(random.random() / 3)
+        process, times, moment = start("out"), set(), random.randint(2, 8)
+        # The file is touched when the run begins, when it is resumed and at each step.
+        while process.poll() is None and len(times) < moment:
+            if metrics.exists():
+                times.add(metrics.stat().st_mtime_ns)
+            time.sleep(random.random() / 10)
         process.kill()
-        if process.wait() == 0:  # it had come to its end: anew
-            shutil.rmtree("out")
-        else:
+        if process.wait():
             assert process.returncode == -signal.SIGKILL
-            reached.append(written())
+            reached.append(metrics.read_text().count("\n"))
+        else:  # it had come to its end: anew
+            os.remove("out/checkpoint.pt")
     assert len(set(reached)) > 5
     assert start("out").wait() == start("whole").wait() == 0
     assert outcome("whole") == outcome("out")
