@@ -14,13 +14,13 @@ trains that text as if the policy had found it alone. One step is `train_step`, 
                    J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)     (Eq. 11)
                    o_rep stands under the plain q here, never under P(q,k): no hint is left
 
-What remains of this with rewards of 0 and 1, ρ = 1 and one update a batch: every ratio is 1, so the
-clip never acts, and an injected group has the advantages (G-1)/√G for o_rep and -1/√G for each
-failure (G = 8: 2.47 and -0.35). A step on a hard question is supervised learning on one verified
-text of the policy's own, and a push away from G-1 failures. Its kin:
+With rewards of 0 and 1, ρ = 1 and one update a batch little of this is left: every ratio is 1, the
+clip never acts, and in an injected group o_rep has the advantage (G-1)/√G and each failure -1/√G
+(G = 8: 2.47 and -0.35; by the unbiased std). A step on a hard question is supervised learning on
+one verified text of the policy's own, and a push away from G-1 failures. Its kin:
 
     GRPO                   nothing is injected (--guidance none)
-    STaR, 2203.14465       such a text, supervised, without the group and its failures
+    STaR, 2203.14465       a verified text of its own, supervised, without group and failures
     context distillation   what stood in the prompt moves into the weights (2209.15189)
     LUFFY, 2504.14945      the expert's own text in the group, its ratios shaped
     Guide, 2506.13923      hints where all rollouts fail, the ratio corrected for the hint
@@ -92,7 +92,8 @@ class Config:
         "own text, or none, which is GRPO [ours]",
     )
     fail_threshold: float = setting(
-        0.5, "delta: a rollout with a lower reward has failed [reported, ours; not reported]"
+        0.5,
+        "delta: a rollout of a lower reward (0 to 1) has failed [reported, ours; not reported]",
     )
     gate_threshold: float = setting(
         1.0, "rho: share of failures that opens the gate [reported, ours; not reported]"
@@ -130,6 +131,7 @@ class Config:
             ("clip_epsilon", self.clip_epsilon >= 0, "at least 0"),
             ("kl_beta", self.kl_beta >= 0, "at least 0, or the policy would flee its reference"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
             ("question_prompt", "{question}" in self.question_prompt, "a text with {question}"),
             ("rephrase_prompt", "{knowledge}" in self.rephrase_prompt, "a text with {knowledge}"),
         ]
@@ -142,7 +144,7 @@ class Config:
 class Completion:
     """One text that answers a question: a rollout, a rephrase o_rep or the expert's own."""
 
-    prompt: list  # token ids that it follows; in all that is trained, those of the plain q
+    prompt: list  # token ids that it follows: of the plain q, or in a mere draft of P(q,k)
     tokens: list  # token ids, with the end token, which is trained too
     text: str  # the tokens as the reward reads them
     truncated: bool = False  # max_new_tokens came before an end token
@@ -177,7 +179,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
             hard.append((problem, group))
     guides = guidance(model, tokenizer, [problem for problem, _ in hard], cfg, reward_fn)
 
-    # 3. Injection: o_rep takes the place of the worst rollout.
+    # 3. Injection: o_rep takes the place of the worst rollout, in `group` itself.
     for (_, group), o_rep in zip(hard, guides):
         replace_worst(group, o_rep)
 
@@ -217,7 +219,8 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
     for group, problem in zip(groups, problems):
         for completion in group:
             score(completion, problem, reward_fn)
-    if mean("<think" in tokenizer.decode(o.tokens[:8]) for group in groups for o in group) > 0.5:
+    beginnings = [tokenizer.decode(o.tokens[:8]) for group in groups for o in group]
+    if mean("<think" in beginning for beginning in beginnings) > 0.5:
         raise RepoError(
             "the model thinks before it answers (<think>), a rephrase does not; use a "
             "model or a chat template that answers without thoughts"
@@ -290,7 +293,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
             if t == 0:  # each prompt has been read once; now one copy of it for each sample
                 copies = torch.arange(len(prompts), device=model.device)
                 copies = copies.repeat_interleave(num_samples)  # 0 0 0 1 1 1 ...
-                cache.reorder_cache(copies)
+                cache.reorder_cache(copies)  # selects rows, one also several times
                 logits, mask = logits[copies], mask[copies]
 
             policy = (logits / (temperature or 1.0)).log_softmax(-1)  # [rows, V]
@@ -309,7 +312,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 cache.reorder_cache(kept)
                 drawn, mask = drawn[kept], mask[kept]
             inputs = drawn
-            positions = mask.sum(1, keepdim=True)
+            positions = mask.sum(1, keepdim=True)  # of the drawn token: as many stand before it
             mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
     return completions
 
@@ -322,6 +325,7 @@ def fill(template: str, problem: dict) -> str:
 def chat(tokenizer, *contents):
     """(turns of user, assistant, user; the text they make) in a shape that the template can show.
 
+    A prompt is one turn; three show how a template closes the assistant's (`end_tokens`).
     Raises: RepoError if it refuses all shapes or leaves out what the user says.
     """
     roles = ("user", "assistant", "user")
@@ -346,9 +350,9 @@ def encode_prompt(tokenizer, text):
     Raises: RepoError if the chat template opens a block of thoughts all the same.
     """
     if not getattr(tokenizer, "chat_template", None):  # a base model
-        # After a line break no token begins with a blank. Some tokenizers append an EOS.
+        # It ends in a line break, after which no token of an answer begins with a blank.
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
     turns, _ = chat(tokenizer, text)
     ids = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, enable_thinking=False, sanitize_control_tokens=True
@@ -443,7 +447,7 @@ def as_completion(tokenizer, problem, text, end, cfg):
     """A text from elsewhere as a completion of the plain question, never of P(q,k) (Eq. 11).
 
     It is encoded as what follows a prompt: no BOS, nothing in it becomes a control token, and the
-    ids in `end` close it. So the text is always encoded anew, even where cleaning changed nothing.
+    ids in `end` close it. One rule for all: encoded anew even where cleaning changed nothing.
     """
     prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problem))
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -480,10 +484,11 @@ CHATTER = re.compile(  # of no matter in the middle, but no beginning or end of 
 def clean_rephrase(text):
     """The draft without what betrays that it is a rephrase, to read as a direct answer to q.
 
-    Thoughts go, and what follows a control token spelled as text. At both ends sentences go that
-    speak of the source or only chat. If what stays still speaks of its source, it is refused:
-    nothing stays, as a cut in the middle would leave a hole, and train it. To delete such text is
-    the paper's; to refuse, and the patterns, some usual English wordings, are ours.
+    Thoughts go. Of the pieces between control tokens spelled as text the first that is not blank
+    stays. At both ends sentences go that speak of the source or only chat. If what stays still
+    speaks of its source, it is refused: nothing stays, as a cut in the middle would leave a hole,
+    and train it. To delete such text is the paper's; to refuse, and the patterns, some usual
+    English wordings, are ours.
     """
     text = next(filter(str.strip, OUTSIDE.split(text.rstrip("\ufffd"))), "")
     sentences = SENTENCE.findall(text)
@@ -505,7 +510,7 @@ def gate_opens(rewards, fail_threshold, gate_threshold):
 
 
 def replace_worst(group, guide):
-    """Puts the guide, o_rep, in the place of the group's lowest reward (paper); True if so.
+    """Puts the guide, o_rep, in the place of the group's lowest reward (paper).
 
     The first among equals, and only if the guide's own reward is higher (both ours). With rewards
     of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would join a group of zeros,
@@ -513,11 +518,9 @@ def replace_worst(group, guide):
     An empty text, which is what a refused draft leaves, stays out whatever its reward.
     """
     worst = min(range(len(group)), key=lambda n: group[n].reward)
-    better = guide.text != "" and guide.reward > group[worst].reward
-    if better:
+    if guide.text != "" and guide.reward > group[worst].reward:
         guide.replaced = group[worst]
         group[worst] = guide
-    return better
 
 
 # ------------------------------------------------------------------------------------- 4. update
@@ -549,13 +552,13 @@ def update(model, optimizer, groups, cfg, reference=None):
 
     With one update the policy that is trained is the one that sampled: the ratio is exactly 1, the
     clip never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
-    Raises: RepoError if kl_beta is set without a reference, and where `sampler_diff` does;
+    Raises: RepoError if kl_beta is set without a reference, or if sampler and trainer disagree;
     RuntimeError if a gradient is not finite. The weights do not move by such a gradient.
     """
     if cfg.kl_beta and reference is None:
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
-    # Without an advantage and a KL term a completion has no gradient. The count is of all: neither
-    # leaving those out nor cutting the rest into micro-batches can change the sum.
+    # Without an advantage and a KL term a completion has no gradient, and need not be read. It
+    # counts all the same, so that no weight depends on what is left out, or on the micro-batches.
     count = sum(map(len, groups))
     trained = [o for group in groups for o in group if o.advantage or cfg.kl_beta]
     kls, norms, clipped, difference = [], [], [], None
@@ -580,7 +583,7 @@ def update(model, optimizer, groups, cfg, reference=None):
                 kls.append(kl.item())
             loss.backward()
             clipped += acts.tolist()
-        difference = sampler_diff(trained)
+        difference = sampler_diff(trained)  # before the weights move, as it may raise
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
         )
@@ -662,7 +665,8 @@ def sampler_diff(completions):
     """max |log π of the sampler - log π of the trainer| over the tokens sampled under q, in nats.
 
     Raises: RepoError if the mean is above 0.1 nats a token. Rounding in bf16 gives some 0.03 at any
-    temperature (a single token may be 2 nats apart at T = 0.1), sampling at 0.3 T some 0.5.
+    temperature (a single token may be 2 nats apart at T = 0.1), a sampler that is wrongly at 0.3 T
+    some 0.5.
     """
     logps = [pair for o in completions for pair in zip(o.sampler_logps, o.old_logps)]
     differences = [abs(sampler - trainer) for sampler, trainer in logps]
@@ -701,17 +705,17 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     where gates opened: of the experts' texts (after the update), of the rephrases let in, of the
     policy's rollouts.
     """
-    own = [o.replaced or o for group in groups for o in group]
+    sampled = [[o.replaced or o for o in group] for group in groups]
+    own = [o for group in sampled for o in group]
     beside = [o.replaced or o for _, group in hard for o in group]
     problems = [problem for problem, _ in hard]
     experts = expert_completions(model, tokenizer, problems, cfg) if guides else []
     rephrases = guides if cfg.guidance == "rephrase" else []
-    length = mean(len(o.tokens) for o in rephrases)
-    no_signal = [len({(o.replaced or o).reward for o in group}) == 1 for group in groups]
+    length = mean(len(o.tokens) for o in rephrases if o.text)  # not of those refused
     return {
         "reward": mean(o.reward for o in own),
         "entropy": -mean(logp for o in own for logp in o.sampler_logps),  # estimated, in nats
-        "frac_reward_zero_std": mean(no_signal),
+        "frac_reward_zero_std": mean(len({o.reward for o in group}) == 1 for group in sampled),
         "completions/mean_length": mean(len(o.tokens) for o in own),
         "completions/clipped_ratio": mean(o.truncated for o in own),
         "injections": sum(guide.replaced is not None for guide in guides),
@@ -720,7 +724,7 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
         "rephrase/length_ratio": length and length / mean(len(o.tokens) for o in beside),
         "rephrase/clipped_ratio": mean(o.truncated for o in rephrases),
         "logp/expert": mean_logp(model, experts, cfg) if experts else None,
-        "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),
+        "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),  # if trained
         "logp/rollout": mean(logp for o in beside for logp in o.sampler_logps),
         "seconds/sample": rollout.seconds,
         "seconds/rephrase": guidance.seconds,
@@ -728,13 +732,15 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     }
 
 
-def episode(problems, groups, guides):
+def episode(problems, groups, guides, cfg):
     """The first question whose gate opened, with all its texts and rewards, for a person."""
     guide = guides[0]
-    n = [group[0].prompt for group in groups].index(guide.prompt)
-    rollouts = [o.replaced or o for o in groups[n]]
+    for problem, group in zip(problems, groups):
+        rollouts = [o.replaced or o for o in group]
+        if gate_opens([o.reward for o in rollouts], cfg.fail_threshold, cfg.gate_threshold):
+            break
     return {
-        **problems[n],
+        **problem,
         "rollouts": [{"reward": o.reward, "text": o.text} for o in rollouts],
         "draft": guide.draft,
         "guide": guide.text,
@@ -746,11 +752,11 @@ def episode(problems, groups, guides):
 def accuracy(model, tokenizer, problems, cfg, reward_fn):
     """The share of problems, 0 to 1, whose greedy completion does not fail."""
     model.eval()
-    answers = []
+    groups = []
     size = cfg.batch_size * cfg.group_size
     for i in tqdm(range(0, len(problems), size), "accuracy", leave=False, disable=None):
-        answers += rollout(model, tokenizer, problems[i : i + size], 1, 0.0, cfg, reward_fn)
-    return mean(answer.reward >= cfg.fail_threshold for (answer,) in answers)
+        groups += rollout(model, tokenizer, problems[i : i + size], 1, 0.0, cfg, reward_fn)
+    return mean(o.reward >= cfg.fail_threshold for (o,) in groups)
 
 
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
@@ -793,7 +799,7 @@ REWRITES = {  # pattern: replacement, one after the other, each on what the ones
 def last_boxed(text: str) -> str:
     r"""What the last `\boxed{...}` holds, inner braces included; "" if none or never closed."""
     _, found, tail = text.rpartition(r"\boxed")
-    tail = found and tail.lstrip()
+    tail = tail.lstrip() if found else ""
     depth = 0
     for i, char in enumerate(tail):
         depth += (char == "{") - (char == "}")
@@ -825,7 +831,7 @@ def boxed_reward(completion: str, answer: str) -> float:
     """
     box, labels = normalise(last_boxed(completion))
     gold, others = normalise(answer)
-    return float(box == gold != "" and (labels <= others or others <= labels))
+    return float(gold != "" and box == gold and (labels <= others or others <= labels))
 
 
 # --------------------------------------- the command line: a real model, real data, one device
@@ -897,8 +903,8 @@ def load_problems(run, split):
     r"""The split, also a slice of it, as dicts of question, knowledge and answer.
 
     A record that lacks one of them is left out, and counted. The answer is the last `\boxed{}` of
-    its column, or else all its text, but not where that is all of the knowledge. The fields of a
-    column of dicts are columns: `reward_model.ground_truth`.
+    its column, or else all its text; a record whose whole solution would be its answer lacks one.
+    The fields of a column of dicts are columns: `reward_model.ground_truth`.
     Raises: RepoError if a column cannot be read, or no record is left; also for numbers with a
     point, dates, booleans or labels, whose spelling in the file is lost: 42 may have become 42.0.
     """
@@ -922,7 +928,9 @@ def load_problems(run, split):
         if isinstance(kind, List) and isinstance(kind.feature, dict):  # the turns of a chat
             kind = kind.feature.get("content")
         if not isinstance(kind, Value) or not re.fullmatch(PLAIN_TYPES, kind.dtype):
-            raise RepoError(f"column {column!r} holds {kind}; write text (dates: in a CSV file)")
+            raise RepoError(
+                f"column {column!r} holds {kind}; write text (a CSV file's dates are text)"
+            )
     problems = []
     for record in data:
         question, knowledge, answer = (as_text(record[column]) for column in columns)
@@ -1042,7 +1050,7 @@ def train(run: Run, cfg: Config):
         )
         records = {"metrics.jsonl": metrics}
         if guides:
-            records["episodes.jsonl"] = episode(batch, groups, guides)
+            records["episodes.jsonl"] = episode(batch, groups, guides, cfg)
         for name, record in records.items():
             log[name].append(json.dumps({"step": step, **record}) + "\n")
             with (out / name).open("a") as file:

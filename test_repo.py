@@ -315,6 +315,7 @@ temperature | NaN
 clip_epsilon | -0.2
 kl_beta | -0.1
 learning_rate | 0.0
+max_grad_norm | 0.0
 guidance | "verbtim"
 question_prompt | "{knowledge}"
 rephrase_prompt | "{question}"
@@ -686,10 +687,11 @@ def test_the_first_of_the_lowest_is_replaced_as_a_whole_and_only_by_a_better_gui
     kept = [Completion([1], [i], "", reward=reward) for i, reward in rewards]
     group = list(kept)
     for text, reward in (("guide", 0.1), ("", 1.0)):  # no text: a refused draft
-        assert not repo.replace_worst(group, Completion([1], [9], text, reward=reward))
-    assert group == kept
+        repo.replace_worst(group, Completion([1], [9], text, reward=reward))
+        assert group == kept
     guide = Completion([1], [7, 8], "guide", reward=0.11)
-    assert repo.replace_worst(group, guide) and guide.replaced is kept[1]
+    repo.replace_worst(group, guide)
+    assert guide.replaced is kept[1]
     assert group[1] is guide and group == [kept[0], guide, *kept[2:]]
 
 
@@ -1338,10 +1340,11 @@ def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
 
 
 def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
-    scripted(rollout="\\boxed{2}", rephrase="Sure! So it is \\boxed{%s}.")
-    _, groups, guides = step()
-    assert repo.episode(PROBLEMS[:3], groups, guides) == dict(
-        PROBLEMS[1],
+    scripted(rollout="\\boxed{2}", rephrase="Sure! So it is \\boxed{4}.")
+    problems = [PROBLEMS[0], dict(PROBLEMS[0], answer="4")]  # one question, the first time solved
+    _, groups, guides = step(problems=problems)
+    assert repo.episode(problems, groups, guides, CFG) == dict(
+        problems[1],
         rollouts=[dict(reward=0.0, text="\\boxed{2}")] * 4,
         draft="Sure! So it is \\boxed{4}.",
         guide="So it is \\boxed{4}.",
