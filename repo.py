@@ -37,7 +37,6 @@ import glob
 import json
 import math
 import numbers
-import os
 import random
 import re
 import sys
@@ -73,7 +72,7 @@ step with its reason or calculation and every result, and only then end with: Th
 is \\boxed{...}"""
 
 
-def setting(default, doc: str):
+def setting(default, doc):
     """A dataclass field whose documentation is also the help of its command-line flag."""
     return field(default=default, metadata={"help": doc})
 
@@ -284,11 +283,11 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 logits_to_keep=1,
             )
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
-            cache = output.get("cache")  # past_key_values before transformers 5.24
+            cache = output.get("cache")
             if not hasattr(cache, "reorder_cache"):
                 raise RepoError(
                     f"{type(model).__name__} keeps no cache whose rows can be rearranged; use "
-                    "another model"
+                    "another model, and the transformers of requirements.txt"
                 )
             if t == 0:  # each prompt has been read once; now one copy of it for each sample
                 copies = torch.arange(len(prompts), device=model.device)
@@ -317,7 +316,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     return completions
 
 
-def fill(template: str, problem: dict) -> str:
+def fill(template, problem):
     """The template with {question} and {knowledge} filled in; other braces stay as they are."""
     return re.sub(r"\{(question|knowledge)\}", lambda slot: problem[slot[1]], template)
 
@@ -331,8 +330,7 @@ def chat(tokenizer, *contents):
     roles = ("user", "assistant", "user")
     turns = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    system = {"role": "system", "content": ""}
-    for shape in (turns, parts, [system, *turns]):
+    for shape in (turns, parts, [{"role": "system", "content": ""}, *turns]):
         try:
             shown = tokenizer.apply_chat_template(shape, tokenize=False)
         except Exception:  # a template is a program, and raises what it likes
@@ -374,8 +372,8 @@ def end_tokens(model, tokenizer):
     ends = []
     if getattr(tokenizer, "chat_template", None):
         _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
-        _, found, after = shown.rpartition("4242.")
-        after = tokenizer(after if found else "", add_special_tokens=False).input_ids
+        _, _, after = shown.partition("4242.")  # unlike any other part of a template
+        after = tokenizer(after, add_special_tokens=False).input_ids
         ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1]
     configured = model.generation_config.eos_token_id  # an id, several or None
     ends += [tokenizer.eos_token_id]
@@ -492,10 +490,7 @@ def clean_rephrase(text):
     """
     text = next(filter(str.strip, OUTSIDE.split(text.rstrip("\ufffd"))), "")
     sentences = SENTENCE.findall(text)
-    kept = []
-    for n, sentence in enumerate(sentences):
-        if not SOURCE.search(sentence) and not CHATTER.search(sentence):
-            kept.append(n)
+    kept = [n for n, s in enumerate(sentences) if not SOURCE.search(s) and not CHATTER.search(s)]
     answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
     return "" if SOURCE.search(answer) else answer.strip()
 
@@ -796,7 +791,7 @@ REWRITES = {  # pattern: replacement, one after the other, each on what the ones
 }
 
 
-def last_boxed(text: str) -> str:
+def last_boxed(text):
     r"""What the last `\boxed{...}` holds, inner braces included; "" if none or never closed."""
     _, found, tail = text.rpartition(r"\boxed")
     tail = tail.lstrip() if found else ""
@@ -808,7 +803,7 @@ def last_boxed(text: str) -> str:
     return ""
 
 
-def normalise(answer: str) -> tuple[Fraction | str, set]:
+def normalise(answer):
     r"""(an exact number, or else text without typography; the labels `x=` and unit it had).
 
     2+2 is text, as nothing is evaluated.
@@ -823,7 +818,7 @@ def normalise(answer: str) -> tuple[Fraction | str, set]:
     return answer.casefold() if re.fullmatch("[a-zA-Z ]{2,}", answer) else answer, labels
 
 
-def boxed_reward(completion: str, answer: str) -> float:
+def boxed_reward(completion, answer):
     r"""1.0 if the last `\boxed{...}` is the answer, else 0.0, for any string, in linear time.
 
     One side may have labels that the other lacks: x=3 is 3, and 3 cm is 3, but 3 cm is not 3 m.
@@ -913,8 +908,9 @@ def load_problems(run, split):
     reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub
     options = {"data_files": glob.escape(run.dataset)} if reader else {}
     if reader == "csv":  # cells as they are written (007, NA), none the name of a row
-        options |= dict(converters=dict.fromkeys(columns, str), na_filter=False)
-        options |= dict(index_col=False, chunksize=None)
+        options |= dict(
+            converters=dict.fromkeys(columns, str), na_filter=False, index_col=False, chunksize=None
+        )
     try:
         data = load_dataset(reader or run.dataset, run.subset, split=split, **options)
         data = data.flatten().select_columns(columns)
@@ -978,8 +974,9 @@ def save_checkpoint(file, log, model, optimizer, settings):
     """Writes beside the old file and then moves over it: a kill leaves the old one or the new."""
     state = dict(log=log, settings=settings)
     state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
-    torch.save(state, file.with_suffix(".partial"))
-    os.replace(file.with_suffix(".partial"), file)
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(file)
 
 
 def load_checkpoint(file, settings):
@@ -989,15 +986,15 @@ def load_checkpoint(file, settings):
     """
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     for name, old in state["settings"].items():
-        if settings[name] != old and name not in MAY_CHANGE:
+        if settings.get(name) != old and name not in MAY_CHANGE:
             raise RepoError(
-                f"{file} was made with {name} = {old!r}, and now it is {settings[name]!r}; change "
+                f"{file} was made with {name} = {old!r}, now it is {settings.get(name)!r}; change "
                 "it back or choose another --out"
             )
     return state
 
 
-def train(run: Run, cfg: Config):
+def train(run, cfg):
     """The run of the command line. What can be checked without the model is checked first.
 
     Raises: RepoError if --out cannot be written, or holds a run and --resume is not given, or if
@@ -1074,10 +1071,8 @@ def main(argv=None):
     """Parses the flags and trains; a RepoError ends in its message alone."""
     parser = HfArgumentParser((Run, Config), description=__doc__.partition("\n")[0])
     try:
-        run, cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            parser.error(f"unknown: {' '.join(unknown)}; --help lists the flags")
-        train(run, cfg)
+        flags = parser.parse_args(argv)
+        train(*parser.parse_dict(vars(flags)))
     except RepoError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
