@@ -686,9 +686,8 @@ def test_the_first_of_the_lowest_is_replaced_as_a_whole_and_only_by_a_better_gui
     rewards = enumerate([0.2, 0.1, 0.9, 0.1])
     kept = [Completion([1], [i], "", reward=reward) for i, reward in rewards]
     group = list(kept)
-    for text, reward in (("guide", 0.1), ("", 1.0)):  # no text: a refused draft
-        repo.replace_worst(group, Completion([1], [9], text, reward=reward))
-        assert group == kept
+    repo.replace_worst(group, Completion([1], [9], "guide", reward=0.1))
+    assert group == kept
     guide = Completion([1], [7, 8], "guide", reward=0.11)
     repo.replace_worst(group, guide)
     assert guide.replaced is kept[1]
