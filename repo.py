@@ -278,7 +278,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 inputs,
                 attention_mask=mask,
                 position_ids=positions,
-                cache=cache,
+                cache=cache,  # past_key_values before transformers 5.24
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -343,12 +343,13 @@ def chat(tokenizer, *contents):
 def encode_prompt(tokenizer, text):
     """Token ids of the user's turn `text`, up to where the assistant's answer begins.
 
-    Control tokens that the text spells out stay text (`sanitize_control_tokens`). A thinking model
-    is asked not to think.
+    Control tokens that the text spells out stay text (`sanitize_control_tokens`, of transformers
+    5.24). A thinking model is asked not to think.
     Raises: RepoError if the chat template opens a block of thoughts all the same.
     """
     if not getattr(tokenizer, "chat_template", None):  # a base model
-        # It ends in a line break, after which no token of an answer begins with a blank.
+        # It ends in a line break, after which no token of an answer begins with a blank: a text
+        # encoded anew has then the tokens that sampling would give.
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
     turns, _ = chat(tokenizer, text)
@@ -913,7 +914,7 @@ def load_problems(run, split):
         )
     try:
         data = load_dataset(reader or run.dataset, run.subset, split=split, **options)
-        data = data.flatten().select_columns(columns)
+        data = data.flatten().select_columns(columns)  # one may serve twice
     except Exception as error:  # whatever a reader raises
         raise RepoError(
             f"{run.dataset!r} has no readable {columns} in {split!r}: "
@@ -1071,7 +1072,7 @@ def main(argv=None):
     """Parses the flags and trains; a RepoError ends in its message alone."""
     parser = HfArgumentParser((Run, Config), description=__doc__.partition("\n")[0])
     try:
-        flags = parser.parse_args(argv)
+        flags = parser.parse_args(argv)  # ends with a usage line at an unknown flag
         train(*parser.parse_dict(vars(flags)))
     except RepoError as error:
         sys.exit(f"error: {error}")
