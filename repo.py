@@ -465,6 +465,7 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     r"(?i)\b(?:my|your) own words\b|\bsolve (?:it|the problem) anew\b"
     r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b(?! (?:the|this) (?:problem|question)| as)"
     rf"|\b(?:rewritten|reference|provided|expert(?:['’]s)?) (?:\w+ )?(?:version|{SOLUTION})"
+    # "the reference says so" speaks of it, "the reference point" does not
     r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
     rf"|\b{SOLUTION} (?:above|given|you gave|says|states|explains)\b"
     r"|(?:according to|match\w*|agree\w* with|consistent with|follow\w*|as (?:in|shown in)) the"
