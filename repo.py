@@ -694,6 +694,11 @@ def mean_logp(model, completions, cfg):
     return mean(logps)
 
 
+def as_sampled(group):
+    """The rollouts of a group as they were sampled, before any was replaced."""
+    return [o.replaced or o for o in group]
+
+
 def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     """What a step shows, under TRL's names where it has one; None where there is nothing to see.
 
@@ -702,9 +707,9 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     where gates opened: of the experts' texts (after the update), of the rephrases let in, of the
     policy's rollouts.
     """
-    sampled = [[o.replaced or o for o in group] for group in groups]
+    sampled = [as_sampled(group) for group in groups]
     own = [o for group in sampled for o in group]
-    beside = [o.replaced or o for _, group in hard for o in group]
+    beside = [o for _, group in hard for o in as_sampled(group)]
     problems = [problem for problem, _ in hard]
     experts = expert_completions(model, tokenizer, problems, cfg) if guides else []
     rephrases = guides if cfg.guidance == "rephrase" else []
@@ -721,7 +726,9 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
         "rephrase/length_ratio": length and length / mean(len(o.tokens) for o in beside),
         "rephrase/clipped_ratio": mean(o.truncated for o in rephrases),
         "logp/expert": mean_logp(model, experts, cfg) if experts else None,
-        "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),  # if trained
+        "logp/rephrase": mean(
+            logp for o in rephrases for logp in o.old_logps
+        ),  # none if not let in
         "logp/rollout": mean(logp for o in beside for logp in o.sampler_logps),
         "seconds/sample": rollout.seconds,
         "seconds/rephrase": guidance.seconds,
@@ -733,7 +740,7 @@ def episode(problems, groups, guides, cfg):
     """The first question whose gate opened, with all its texts and rewards, for a person."""
     guide = guides[0]
     for problem, group in zip(problems, groups):
-        rollouts = [o.replaced or o for o in group]
+        rollouts = as_sampled(group)
         if gate_opens([o.reward for o in rollouts], cfg.fail_threshold, cfg.gate_threshold):
             break
     return {

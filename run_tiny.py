@@ -384,7 +384,7 @@ def luffy(model, tokenizer, hard, groups, guides, cfg):
     not divided by the std, and every completion counts as equally long.
     """
     for (_, group), expert in zip(hard, guides):  # all gates are open
-        group[:] = [o.replaced or o for o in group]
+        group[:] = repo.as_sampled(group)
         expert.replaced = group[-1]  # any rollout, not the worst
         group[-1] = expert
         logps = repo.token_logps(model, [expert], cfg.temperature)
@@ -627,11 +627,12 @@ def explain(world, device):
     """Tells one step of RePO on one hard question: the first of eight whose rephrase is let in."""
     model, tokenizer = repo.load_model(world.model, device)
     cfg = world.cfg
+    torch.manual_seed(cfg.seed)
     for problem in world.held_out["hard"][:8]:  # nobody guesses the answer: the gate opens
         _, [group], [o_rep] = first_three_steps(model, tokenizer, [problem], cfg, world.reward_fn)
         if o_rep.replaced:
             break
-    rollouts = [o.replaced or o for o in group]
+    rollouts = repo.as_sampled(group)
     answers = "\n".join(f"  reward {o.reward:.0f}      {fold(o.text)}" for o in rollouts)
     advantages = ", ".join(f"{o.advantage:.2f}" for o in group)
     removed = o_rep.draft.replace(o_rep.text, " ") if o_rep.text else o_rep.draft
