@@ -39,6 +39,7 @@ import math
 import numbers
 import random
 import re
+import statistics
 import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, field
@@ -118,24 +119,25 @@ class Config:
 
     def __post_init__(self):
         """Raises: RepoError for a value with which nothing could be learnt."""
-        rules = [  # name, does its value do, what it must be
-            ("group_size", self.group_size >= 2, "at least 2, or there is nothing to compare"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("updates_per_batch", self.updates_per_batch >= 1, "at least 1"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("guidance", self.guidance in ("rephrase", "verbatim", "none"), "one of the three"),
-            ("fail_threshold", 0 < self.fail_threshold <= 1, "above 0 and at most 1"),
-            ("gate_threshold", 0 <= self.gate_threshold <= 1, "a share of the group, 0 to 1"),
-            ("clip_epsilon", self.clip_epsilon >= 0, "at least 0"),
-            ("kl_beta", self.kl_beta >= 0, "at least 0, or the policy would flee its reference"),
-            ("learning_rate", self.learning_rate > 0, "above 0"),
-            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
-            ("question_prompt", "{question}" in self.question_prompt, "a text with {question}"),
-            ("rephrase_prompt", "{knowledge}" in self.rephrase_prompt, "a text with {knowledge}"),
-        ]
-        for name, holds, rule in rules:
+        rules = {
+            "group_size: at least 2, or there is nothing to compare": self.group_size >= 2,
+            "batch_size: at least 1": self.batch_size >= 1,
+            "max_new_tokens: at least 1": self.max_new_tokens >= 1,
+            "updates_per_batch: at least 1": self.updates_per_batch >= 1,
+            "temperature: above 0": self.temperature > 0,
+            "guidance: one of the three": self.guidance in ("rephrase", "verbatim", "none"),
+            "fail_threshold: above 0 and at most 1": 0 < self.fail_threshold <= 1,
+            "gate_threshold: a share of the group, 0 to 1": 0 <= self.gate_threshold <= 1,
+            "clip_epsilon: at least 0": self.clip_epsilon >= 0,
+            "kl_beta: at least 0, or the policy would flee its reference": self.kl_beta >= 0,
+            "learning_rate: above 0": self.learning_rate > 0,
+            "max_grad_norm: above 0": self.max_grad_norm > 0,
+            "question_prompt: a text with {question}": "{question}" in self.question_prompt,
+            "rephrase_prompt: a text with {knowledge}": "{knowledge}" in self.rephrase_prompt,
+        }
+        for rule, holds in rules.items():
             if not holds:
+                name, _, rule = rule.partition(": ")
                 raise RepoError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
 
 
@@ -143,6 +145,7 @@ class Config:
 class Completion:
     """One text that answers a question: a rollout, a rephrase o_rep or the expert's own."""
 
+    problem: dict  # its question, knowledge and answer
     prompt: list  # token ids that it follows: of the plain q, or in a mere draft of P(q,k)
     tokens: list  # token ids, with the end token, which is trained too
     text: str  # the tokens as the reward reads them
@@ -171,15 +174,11 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 
     # 2. Rephrase: o_rep ~ π_old(·|P(q,k)). The gate belongs to step 3, but is asked here (ours):
     #    where it is closed, o_rep need not be written.
-    hard = []
-    for problem, group in zip(problems, groups):
-        rewards = [o.reward for o in group]
-        if gate_opens(rewards, cfg.fail_threshold, cfg.gate_threshold):
-            hard.append((problem, group))
-    guides = guidance(model, tokenizer, [problem for problem, _ in hard], cfg, reward_fn)
+    hard = [group for group in groups if gate_opens(group, cfg)]
+    guides = guidance(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
 
     # 3. Injection: o_rep takes the place of the worst rollout, in `group` itself.
-    for (_, group), o_rep in zip(hard, guides):
+    for group, o_rep in zip(hard, guides):
         replace_worst(group, o_rep)
 
     # 4. Update: group-relative advantages, then the clipped policy gradient under the plain q.
@@ -213,13 +212,11 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
     Raises: RepoError if most begin with thoughts. A rephrase has none, and would teach to leave
     them out (ours).
     """
-    questions = [fill(cfg.question_prompt, problem) for problem in problems]
-    groups = complete(model, tokenizer, questions, num_samples, temperature, cfg)
-    for group, problem in zip(groups, problems):
-        for completion in group:
-            score(completion, problem, reward_fn)
-    beginnings = [tokenizer.decode(o.tokens[:8]) for group in groups for o in group]
-    if mean("<think" in beginning for beginning in beginnings) > 0.5:
+    template = cfg.question_prompt
+    groups = complete(model, tokenizer, template, problems, num_samples, temperature, cfg)
+    rollouts = [o for group in groups for o in group]
+    score(rollouts, reward_fn)
+    if mean("<think" in tokenizer.decode(o.tokens[:8]) for o in rollouts) > 0.5:
         raise RepoError(
             "the model thinks before it answers (<think>), a rephrase does not; use a "
             "model or a chat template that answers without thoughts"
@@ -227,30 +224,32 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
     return groups
 
 
-def score(completion, problem, reward_fn):
-    """Sets the reward R(o): the one place where `reward_fn(text, answer)` is called.
+def score(completions, reward_fn):
+    """Sets their rewards R(o): the one place where `reward_fn(text, answer)` is called.
 
-    Raises: RepoError with question and text if it is not a finite number.
+    Raises: RepoError with question and text if one is not a finite number.
     """
-    reward = reward_fn(completion.text, problem["answer"])
-    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-        raise RepoError(
-            f"the reward function must return a finite number, and returned {reward!r}"
-            f"\nquestion: {problem['question']}\ncompletion: {completion.text}"
-        )
-    completion.reward = float(reward)
+    for o in completions:
+        reward = reward_fn(o.text, o.problem["answer"])
+        if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+            raise RepoError(
+                f"the reward function must return a finite number, and returned {reward!r}"
+                f"\nquestion: {o.problem['question']}\ncompletion: {o.text}"
+            )
+        o.reward = float(reward)
 
 
-def complete(model, tokenizer, turns, num_samples, temperature, cfg):
-    """`num_samples` answers to each user's turn, a list for each turn, not yet rewarded."""
-    prompts = [encode_prompt(tokenizer, turn) for turn in turns]
+def complete(model, tokenizer, template, problems, num_samples, temperature, cfg):
+    """`num_samples` answers to each problem in the template, a list each, not yet rewarded."""
+    prompts = [encode_prompt(tokenizer, fill(template, problem)) for problem in problems]
     ends = end_tokens(model, tokenizer)
     drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, ends)
-    groups = [[] for _ in prompts]
+    groups = [[] for _ in problems]
     for i, (ids, logps) in enumerate(drawn):
         n = i // num_samples
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        groups[n].append(Completion(prompts[n], ids, text, ids[-1] not in ends, logps))
+        truncated = ids[-1] not in ends
+        groups[n].append(Completion(problems[n], prompts[n], ids, text, truncated, logps))
     return groups
 
 
@@ -414,8 +413,7 @@ def guidance(model, tokenizer, problems, cfg, reward_fn):
         return []
     write = rephrase if cfg.guidance == "rephrase" else expert_completions
     guides = write(model, tokenizer, problems, cfg)
-    for guide, problem in zip(guides, problems):
-        score(guide, problem, reward_fn)
+    score(guides, reward_fn)
     return guides
 
 
@@ -425,12 +423,11 @@ def rephrase(model, tokenizer, problems, cfg):
     Drawn at the rollouts' temperature (ours). The draft's end token closes it; a truncated draft
     has none, and so its o_rep has none.
     """
-    turns = [fill(cfg.rephrase_prompt, problem) for problem in problems]
-    drafts = complete(model, tokenizer, turns, 1, cfg.temperature, cfg)
+    template = cfg.rephrase_prompt
     rephrases = []
-    for problem, (draft,) in zip(problems, drafts):
+    for [draft] in complete(model, tokenizer, template, problems, 1, cfg.temperature, cfg):
         end = [] if draft.truncated else draft.tokens[-1:]
-        o_rep = as_completion(tokenizer, problem, clean_rephrase(draft.text), end, cfg)
+        o_rep = as_completion(tokenizer, draft.problem, clean_rephrase(draft.text), end, cfg)
         o_rep.draft, o_rep.truncated = draft.text, draft.truncated
         rephrases.append(o_rep)
     return rephrases
@@ -450,7 +447,7 @@ def as_completion(tokenizer, problem, text, end, cfg):
     """
     prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problem))
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return Completion(prompt, ids + end, text)
+    return Completion(problem, prompt, ids + end, text)
 
 
 OUTSIDE = re.compile(  # thoughts, even if never opened or closed; control tokens spelled as text
@@ -500,10 +497,9 @@ def clean_rephrase(text):
 # ---------------------------------------------------------------------------------- 3. injection
 
 
-def gate_opens(rewards, fail_threshold, gate_threshold):
+def gate_opens(group, cfg):
     """γ_fail ≥ ρ, where γ_fail is the share of a group's rewards below δ (reported)."""
-    failed = sum(reward < fail_threshold for reward in rewards)
-    return failed / len(rewards) >= gate_threshold
+    return mean(o.reward < cfg.fail_threshold for o in group) >= cfg.gate_threshold
 
 
 def replace_worst(group, guide):
@@ -514,10 +510,10 @@ def replace_worst(group, guide):
     which has no advantages. With graded rewards a worse guide would make the failures look good.
     An empty text, which is what a refused draft leaves, stays out whatever its reward.
     """
-    worst = min(range(len(group)), key=lambda n: group[n].reward)
-    if guide.text != "" and guide.reward > group[worst].reward:
-        guide.replaced = group[worst]
-        group[worst] = guide
+    worst = min(group, key=lambda o: o.reward)
+    if guide.text != "" and guide.reward > worst.reward:
+        guide.replaced = worst
+        group[group.index(worst)] = guide
 
 
 # ------------------------------------------------------------------------------------- 4. update
@@ -525,22 +521,22 @@ def replace_worst(group, guide):
 
 def assign_advantages(groups):
     """Step 4 begins: gives each completion its A_i, relative to the rewards of its group."""
-    rewards = torch.tensor([[o.reward for o in group] for group in groups], dtype=torch.float64)
-    for group, advantages in zip(groups, group_advantages(rewards).tolist()):
+    for group in groups:
+        advantages = group_advantages([o.reward for o in group])
         for completion, advantage in zip(group, advantages):
             completion.advantage = advantage
 
 
 def group_advantages(rewards):
-    """A_i = (R_i - mean R) / (std R + 1e-6) in each group: [B, G] in fp64 -> [B, G] in fp32.
+    """A_i = (R_i - mean R) / (std R + 1e-6) of the rewards of one group, a list.
 
-    The unbiased std and the 1e-6 are ours. Equal rewards give exactly 0: a rounding error would be
-    an advantage, and AdamW, which rescales gradients, would make a full step of it.
+    The unbiased std and the 1e-6 are ours. The mean is exact, so that equal rewards give exactly
+    0: a rounding error would be an advantage, and AdamW, which rescales gradients, would make a
+    full step of it.
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    advantages = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
-    all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    return advantages.masked_fill(all_equal, 0.0).float()
+    average = statistics.mean(rewards)
+    deviation = statistics.stdev(rewards)
+    return [(reward - average) / (deviation + 1e-6) for reward in rewards]
 
 
 @timed
@@ -562,24 +558,25 @@ def update(model, optimizer, groups, cfg, reference=None):
     for _ in range(cfg.updates_per_batch if trained else 0):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
-            lengths = [len(o.tokens) for o in batch]
-            logps = token_logps(model, batch, cfg.temperature)  # [tokens]
-            # π_old(·|q) is the first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
-            # (ours): it costs nothing, and no other code path can disturb the ratio.
-            for completion, first_pass in zip(batch, logps.detach().split(lengths)):
-                completion.old_logps = completion.old_logps or first_pass.tolist()
-            old_logps = flat([o.old_logps for o in batch], logps)
-            advantages = flat([[o.advantage] * len(o.tokens) for o in batch], logps)
-            weights = flat([[1 / (count * n)] * n for n in lengths], logps)  # 1/(B G) 1/|o_i|
-            loss, acts = policy_loss(logps, old_logps, advantages, weights, cfg.clip_epsilon)
+            policy = token_logps(model, batch, cfg.temperature)
             if cfg.kl_beta:
                 with torch.no_grad():
-                    reference_logps = token_logps(reference, batch, cfg.temperature)
-                kl = kl_loss(logps, reference_logps, weights)
-                loss = loss + cfg.kl_beta * kl
-                kls.append(kl.item())
+                    fixed = token_logps(reference, batch, cfg.temperature)
+            loss = 0.0
+            for n, (o, logps) in enumerate(zip(batch, policy)):
+                # π_old(·|q) is the first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
+                # (ours): it costs nothing, and no other code path can disturb the ratio.
+                o.old_logps = o.old_logps or logps.tolist()
+                old_logps = logps.new_tensor(o.old_logps)
+                weight = 1 / (count * len(o.tokens))  # 1/(B G) 1/|o_i|
+                policy_term, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
+                loss = loss + weight * policy_term
+                clipped += acts.tolist()
+                if cfg.kl_beta:
+                    kl = weight * kl_loss(logps, fixed[n])
+                    loss = loss + cfg.kl_beta * kl
+                    kls.append(kl.item())
             loss.backward()
-            clipped += acts.tolist()
         difference = sampler_diff(trained)  # before the weights move, as it may raise
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
@@ -596,8 +593,7 @@ def update(model, optimizer, groups, cfg, reference=None):
 
 
 def token_logps(model, completions, temperature):
-    """log π_θ(o_t | q, o_<t) of every completion token, one completion after the other:
-    [Σ|o_i|], fp32, in nats.
+    """log π_θ(o_t | q, o_<t) of each completion's tokens, [|o_i|], in fp32 and nats.
 
     Padding is on the right, where a causal model never looks. The logits at a place predict the
     token at the next one, so those before the end of the shortest prompt are not needed. Here
@@ -617,35 +613,31 @@ def token_logps(model, completions, temperature):
         output = model(ids[:, :-1], use_cache=False, logits_to_keep=needed)
     logits = output.logits[:, -needed:]  # [B, L - first, V]; some models keep all places
     logits = logits[is_completion].float() / temperature  # [Σ|o_i|, V]
-    return -torch.nn.functional.cross_entropy(logits, targets[is_completion], reduction="none")
+    loss = torch.nn.functional.cross_entropy(logits, targets[is_completion], reduction="none")
+    return (-loss).split([len(o.tokens) for o in completions])
 
 
-def policy_loss(logps, old_logps, advantages, weights, clip_epsilon):
-    """-J = -Σ_t w_t min(r_t A_t, clip(r_t, 1-ε, 1+ε) A_t) with r_t = π_θ / π_old, both under q.
+def policy_loss(logps, old_logps, advantage, clip_epsilon):
+    """-Σ_t min(r_t A, clip(r_t, 1-ε, 1+ε) A) with r_t = π_θ / π_old, both under q, of a completion.
 
-    Eq. 11. Inputs are [tokens]. Returns the loss [] and where the clip acts, [tokens].
+    The inner sum of Eq. 11. Log-probabilities are [|o|]. Returns the loss [] and where the clip
+    acts, [|o|].
     """
     ratio = bounded_exp(logps - old_logps)
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantages
-    loss = -(weights * torch.minimum(unclipped, clipped)).sum()
-    return loss, clipped < unclipped
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantage
+    return -torch.minimum(unclipped, clipped).sum(), clipped < unclipped
 
 
-def kl_loss(logps, reference_logps, weights):
-    """Σ_t w_t (r_t - log r_t - 1) with r_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
+def kl_loss(logps, reference_logps):
+    """Σ_t r_t - log r_t - 1 with r_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
     log_ratio = reference_logps - logps
-    return (weights * (bounded_exp(log_ratio) - log_ratio - 1)).sum()
+    return (bounded_exp(log_ratio) - log_ratio - 1).sum()
 
 
 def bounded_exp(log_ratio):
     """exp, but of 60 at most: infinity times the 0 of the clip would be a NaN in the gradient."""
     return log_ratio.clamp(max=60.0).exp()
-
-
-def flat(rows, like):
-    """Lists of numbers, one after the other, as a tensor on the device of `like`."""
-    return torch.tensor([value for row in rows for value in row], device=like.device)
 
 
 def micro_batches(completions, max_tokens):
@@ -690,7 +682,8 @@ def mean_logp(model, completions, cfg):
     """The mean over all tokens of log π_θ(o_t | q, o_<t), in nats: how likely are these texts?"""
     logps = []
     for batch in micro_batches(completions, cfg.micro_batch_tokens):
-        logps += token_logps(model, batch, cfg.temperature).tolist()
+        for completion_logps in token_logps(model, batch, cfg.temperature):
+            logps += completion_logps.tolist()
     return mean(logps)
 
 
@@ -702,16 +695,16 @@ def as_sampled(group):
 def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     """What a step shows, under TRL's names where it has one; None where there is nothing to see.
 
-    `hard` are the problems whose gate opened, with their groups. Rollouts are taken as they were
+    `hard` are the groups whose gate opened. Rollouts are taken as they were
     sampled, before any was replaced. Each `logp/` is a mean per token under the plain q, in nats,
     where gates opened: of the experts' texts (after the update), of the rephrases let in, of the
     policy's rollouts.
     """
     sampled = [as_sampled(group) for group in groups]
     own = [o for group in sampled for o in group]
-    beside = [o for _, group in hard for o in as_sampled(group)]
-    problems = [problem for problem, _ in hard]
-    experts = expert_completions(model, tokenizer, problems, cfg) if guides else []
+    beside = [o for group in hard for o in as_sampled(group)]
+    problems = [guide.problem for guide in guides]
+    experts = expert_completions(model, tokenizer, problems, cfg)
     rephrases = guides if cfg.guidance == "rephrase" else []
     length = mean(len(o.tokens) for o in rephrases if o.text)  # not of those refused
     return {
@@ -736,16 +729,13 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     }
 
 
-def episode(problems, groups, guides, cfg):
+def episode(groups, guides):
     """The first question whose gate opened, with all its texts and rewards, for a person."""
     guide = guides[0]
-    for problem, group in zip(problems, groups):
-        rollouts = as_sampled(group)
-        if gate_opens([o.reward for o in rollouts], cfg.fail_threshold, cfg.gate_threshold):
-            break
+    [group] = [group for group in groups if group[0].problem is guide.problem]
     return {
-        **problem,
-        "rollouts": [{"reward": o.reward, "text": o.text} for o in rollouts],
+        **guide.problem,
+        "rollouts": [{"reward": o.reward, "text": o.text} for o in as_sampled(group)],
         "draft": guide.draft,
         "guide": guide.text,
         "reward": guide.reward,
@@ -1056,7 +1046,7 @@ def train(run, cfg):
         )
         records = {"metrics.jsonl": metrics}
         if guides:
-            records["episodes.jsonl"] = episode(batch, groups, guides, cfg)
+            records["episodes.jsonl"] = episode(groups, guides)
         for name, record in records.items():
             log[name].append(json.dumps({"step": step, **record}) + "\n")
             with (out / name).open("a") as file:

@@ -308,19 +308,14 @@ def realms(seed: int, model: str, folder=Path()):
 def first_three_steps(model, tokenizer, problems, cfg, reward_fn):
     """Rollout, rephrase and injection as in `repo.train_step`, and the advantages.
 
-    Returns (the problems whose gate opened, each with its group; all groups; the guides, a text for
-    each open gate).
+    Returns (the groups whose gate opened; all groups; the guides, a text for each open gate).
     """
     groups = repo.rollout(
         model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn
     )
-    hard = []
-    for problem, group in zip(problems, groups):
-        rewards = [o.reward for o in group]
-        if repo.gate_opens(rewards, cfg.fail_threshold, cfg.gate_threshold):
-            hard.append((problem, group))
-    guides = repo.guidance(model, tokenizer, [problem for problem, _ in hard], cfg, reward_fn)
-    for (_, group), guide in zip(hard, guides):
+    hard = [group for group in groups if repo.gate_opens(group, cfg)]
+    guides = repo.guidance(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
+    for group, guide in zip(hard, guides):
         repo.replace_worst(group, guide)
     repo.assign_advantages(groups)
     return hard, groups, guides
@@ -355,7 +350,7 @@ def star(model, tokenizer, hard, groups, guides, cfg):
 
 def no_push(model, tokenizer, hard, groups, guides, cfg):
     """RePO without the push away from failures: in an injected group only o_rep is trained."""
-    for (_, group), o_rep in zip(hard, guides):
+    for group, o_rep in zip(hard, guides):
         for o in group:
             if o_rep.replaced and o is not o_rep:
                 o.advantage = 0.0
@@ -367,11 +362,12 @@ def true_ratio(model, tokenizer, hard, groups, guides, cfg):
 
     So the metric logp/rephrase is under P(q,k) here.
     """
-    for (problem, _), o_rep in zip(hard, guides):
+    for o_rep in guides:
         if o_rep.replaced:
-            prompt = repo.encode_prompt(tokenizer, repo.fill(cfg.rephrase_prompt, problem))
-            hinted = replace(o_rep, prompt=prompt)
-            o_rep.old_logps = repo.token_logps(model, [hinted], cfg.temperature).tolist()
+            hint = repo.fill(cfg.rephrase_prompt, o_rep.problem)
+            hinted = replace(o_rep, prompt=repo.encode_prompt(tokenizer, hint))
+            [logps] = repo.token_logps(model, [hinted], cfg.temperature)
+            o_rep.old_logps = logps.tolist()
 
 
 @torch.no_grad()
@@ -383,11 +379,11 @@ def luffy(model, tokenizer, hard, groups, guides, cfg):
     the gradient of f, and is too small for a clip to act. As in its authors' code the advantage is
     not divided by the std, and every completion counts as equally long.
     """
-    for (_, group), expert in zip(hard, guides):  # all gates are open
+    for group, expert in zip(hard, guides):  # all gates are open
         group[:] = repo.as_sampled(group)
         expert.replaced = group[-1]  # any rollout, not the worst
         group[-1] = expert
-        logps = repo.token_logps(model, [expert], cfg.temperature)
+        [logps] = repo.token_logps(model, [expert], cfg.temperature)
         probs = logps.exp()
         f = probs / (probs + 0.1)
         expert.old_logps = (logps - (f * (1 - f)).log()).tolist()
@@ -445,7 +441,8 @@ def drift(world, trained, device):
     cfg = replace(world.cfg, max_new_tokens=48)
     torch.manual_seed(0)
     kls = []
-    for (o,) in repo.complete(base, tokenizer, world.everyday, 1, 1.0, cfg):
+    everyday = [{"question": request} for request in world.everyday]
+    for (o,) in repo.complete(base, tokenizer, "{question}", everyday, 1, 1.0, cfg):
         ids = torch.tensor([o.prompt + o.tokens], device=device)
         before = len(o.prompt) - 1  # the logits at a place predict the token at the next one
         p, q = (policy(ids).logits[0, before:-1].log_softmax(-1) for policy in (base, trained))
@@ -615,7 +612,7 @@ def fold(text):
 
 def likelihoods(model, tokenizer, completion, cfg):
     """A line for each token: a bar for its probability after q, and the log of it in nats."""
-    logps = repo.token_logps(model, [completion], cfg.temperature)
+    [logps] = repo.token_logps(model, [completion], cfg.temperature)
     return [
         f"{tokenizer.decode([token]):12} {'█' * round(16 * prob):16} {logp:6.1f}"
         for token, logp, prob in zip(completion.tokens, logps.tolist(), logps.exp().tolist())

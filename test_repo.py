@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import repo
 import run_tiny
-from repo import Completion, Config, RepoError, boxed_reward, encode_prompt, token_logps
+from repo import Config, RepoError, boxed_reward, encode_prompt
 
 DEVICE = repo.Run.device  # CUDA, where there is one
 torch.set_num_threads(1)  # steady on a busy machine
@@ -114,6 +114,16 @@ PROBLEMS = [
 ]
 
 
+def completion(prompt, tokens, text="", **more):
+    """A completion of no problem."""
+    return repo.Completion({}, prompt, tokens, text, **more)
+
+
+def token_logps(model, completions, temperature):
+    """Those of all completions in one tensor."""
+    return torch.cat(repo.token_logps(model, completions, temperature))
+
+
 def random_groups(seed=0):
     """Groups of three of unequal lengths with graded rewards; the last one has no signal.
 
@@ -125,7 +135,7 @@ def random_groups(seed=0):
         return draw.choices(range(250), k=draw.randint(1, longest)) + [0]
 
     prompts = [ids(9) for _ in range(4)]
-    groups = [[Completion(prompt, ids(12), "") for _ in range(3)] for prompt in prompts]
+    groups = [[completion(prompt, ids(12)) for _ in range(3)] for prompt in prompts]
     for o in sum(groups[1:], []):
         o.reward = draw.random()
     return groups[1:] + groups[:1]
@@ -212,7 +222,7 @@ def scripted(monkeypatch):
                 (problem,) = [p for p in PROBLEMS if p["question"] in turn]
                 text = rephrase if problem["knowledge"] in turn else rollout
                 ids = tokenizer(text.replace("%s", problem["answer"])).input_ids
-                logps = token_logps(model, [Completion(prompt, ids, "")], temperature or 1.0)
+                logps = token_logps(model, [completion(prompt, ids)], temperature or 1.0)
                 drawn += [(ids, logps.tolist())] * num_samples
             return drawn
 
@@ -463,7 +473,7 @@ def test_sampler_and_trainer_agree_on_unlike_models_and_unequal_prompts(kind):
     prompts = [[3, 4, 5, 6, 7, 8], [9], [11, 12, 13]]
     torch.manual_seed(0)
     drawn = repo.sample(model, prompts, 4, 12, 0.8, [2, 5])
-    made = [Completion(prompts[i // 4], ids, "") for i, (ids, _) in enumerate(drawn)]
+    made = [completion(prompts[i // 4], ids) for i, (ids, _) in enumerate(drawn)]
     assert len({len(o.tokens) for o in made}) > 2
     for ids, logps in drawn:
         assert not {2, 5} & set(ids[:-1])
@@ -505,7 +515,7 @@ def test_a_sampler_of_another_temperature_is_stopped(temperature, monkeypatch):
 
 
 def test_sampler_and_trainer_may_differ_by_what_rounding_in_bf16_explains():
-    foreign, o = Completion([1], [2], "", old_logps=[-9.0]), Completion([1], [2] * 300, "")
+    foreign, o = completion([1], [2], old_logps=[-9.0]), completion([1], [2] * 300)
     o.old_logps, o.sampler_logps = [0.0] * 300, [0.022] * 299 + [-2.4]
     assert repo.sampler_diff([foreign]) is None
     assert repo.sampler_diff([foreign, o]) == 2.4
@@ -531,19 +541,19 @@ def test_advantages_against_numpy_and_exactly_zero_for_equal_rewards():
     rewards = np.random.default_rng(0).random((4, 8)) * scales
     deviation = rewards.std(1, ddof=1, keepdims=True) + 1e-6
     expected = (rewards - rewards.mean(1, keepdims=True)) / deviation
-    seen = repo.group_advantages(torch.tensor(rewards))
-    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+    seen = [repo.group_advantages(group) for group in rewards.tolist()]
+    np.testing.assert_allclose(seen, expected)
     for size in range(2, 40):
-        equal = np.repeat([[0.0], [0.1], [1 / 3], [1e9]], size, axis=1)
-        assert not repo.group_advantages(torch.tensor(equal)).any()  # in fp64, where means round
+        for reward in (0.0, 0.1, 1 / 3, 1e9):  # a mean in floats would round
+            assert repo.group_advantages([reward] * size) == [0.0] * size
 
 
 @cases("size", [2, 3, 8, 64])
 def test_what_an_injection_is_worth_as_the_head_derives_it(size):
     """(G-1)/√G for o_rep and -1/√G for each of the failures beside it."""
-    rewards = torch.eye(size, dtype=torch.float64)[:1]
-    expected = (size * rewards - 1) / size**0.5
-    np.testing.assert_allclose(repo.group_advantages(rewards), expected, rtol=1e-5)
+    expected = [(size - 1) / size**0.5] + [-1 / size**0.5] * (size - 1)
+    seen = repo.group_advantages([1.0] + [0.0] * (size - 1))
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
 
 
 def test_token_logps_against_numpy_one_sequence_at_a_time():
@@ -557,32 +567,33 @@ def test_token_logps_against_numpy_one_sequence_at_a_time():
     assert_close(token_logps(model, completions, 0.7), expected)
 
 
-def test_loss_and_gradient_against_numpy_for_both_signs_and_both_sides_of_the_clip():
-    logps, old, advantages, weights = np.random.default_rng(0).normal(0, 0.4, (4, 200))
+@cases("advantage", [1.5, -0.7])
+def test_loss_and_gradient_against_numpy_on_both_sides_of_the_clip(advantage):
+    logps, old = np.random.default_rng(0).normal(0, 0.4, (2, 200))
     leaf = torch.tensor(logps, requires_grad=True)
-    loss, clipped = repo.policy_loss(leaf, *map(torch.tensor, (old, advantages, weights)), 0.2)
+    loss, clipped = repo.policy_loss(leaf, torch.tensor(old), advantage, 0.2)
     loss.backward()
     ratio = np.exp(logps - old)
     # Too far already, it may not push on; it may pull back.
-    acts = np.where(advantages > 0, ratio > 1.2, ratio < 0.8)
+    acts = ratio > 1.2 if advantage > 0 else ratio < 0.8
     bounded = np.where(acts, np.clip(ratio, 0.8, 1.2), ratio)
-    np.testing.assert_allclose(loss.item(), -(weights * advantages * bounded).sum())
-    slope = np.where(acts, 0, -weights * advantages * ratio)
-    np.testing.assert_allclose(leaf.grad, slope, atol=1e-12)
+    np.testing.assert_allclose(loss.item(), -(advantage * bounded).sum())
+    np.testing.assert_allclose(leaf.grad, np.where(acts, 0, -advantage * ratio), atol=1e-12)
     assert (clipped.numpy() == acts).all() and 0.1 < acts.mean() < 0.9
 
 
 @cases("far", [-100.0, 100.0])
-def test_kl_is_the_k3_estimator_and_no_log_ratio_makes_a_gradient_infinite(far):
-    d = torch.tensor([1.0, 30.0, far, far], requires_grad=True)
-    weights, advantages = torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([-1, -1, 1, -1])
-    kl = repo.kl_loss(-d, torch.zeros(4), weights)
-    loss, _ = repo.policy_loss(d, torch.zeros(4), advantages, weights, 0.2)
-    torch.testing.assert_close(kl, (weights * (d.exp() - d - 1))[:2].sum())
-    (loss + kl).backward()  # 0 x inf would be NaN
-    slope = weights * (d.exp() - 1 - advantages * d.exp())
-    torch.testing.assert_close(d.grad[:2], slope[:2].detach())
+@cases("advantage", [1, -1])
+def test_kl_is_the_k3_estimator_and_no_log_ratio_makes_a_gradient_infinite(far, advantage):
+    d = torch.tensor([1.0, 30.0, far], requires_grad=True)
+    loss, _ = repo.policy_loss(d, torch.zeros(3), advantage, 0.2)
+    (loss + repo.kl_loss(-d, torch.zeros(3))).backward()  # 0 x inf would be NaN
     assert d.grad.isfinite().all()
+    near = d[:2].detach()
+    kl = repo.kl_loss(-near, torch.zeros(2))
+    torch.testing.assert_close(kl, (near.exp() - near - 1).sum())
+    unclipped = (advantage < 0) * near.exp()
+    torch.testing.assert_close(d.grad[:2], near.exp() - 1 + unclipped)
 
 
 @cases("micro_batch_tokens", [10_000, 60, 25, 1])
@@ -606,7 +617,7 @@ def test_micro_batches_keep_to_their_size_and_the_longest_come_first():
 def test_logits_are_computed_from_the_first_completion_on_and_used_only_for_completions():
     """A NaN at each place without a completion token would show in any softmax taken there."""
     model = tiny_model(vocab=3000)
-    completions = [Completion([1] * 40, [2] * 5, ""), Completion([1] * 42, [2] * 4, "")]
+    completions = [completion([1] * 40, [2] * 5), completion([1] * 42, [2] * 4)]
     poison = torch.zeros(2, 6, 1, device=DEVICE)  # of 46 places
     poison[0, 5] = poison[1, :2] = math.nan
 
@@ -678,17 +689,17 @@ def test_a_step_that_stops_moves_no_weight_and_leaves_no_gradient(monkeypatch):
 """),
 )
 def test_the_gate(rewards, rho, opens):
-    rewards = [float(reward) for reward in rewards.split()]
-    assert repo.gate_opens(rewards, 0.5, float(rho)) == (opens == "open")
+    group = [completion([1], [2], reward=float(reward)) for reward in rewards.split()]
+    assert repo.gate_opens(group, replace(CFG, gate_threshold=float(rho))) == (opens == "open")
 
 
 def test_the_first_of_the_lowest_is_replaced_as_a_whole_and_only_by_a_better_guide():
     rewards = enumerate([0.2, 0.1, 0.9, 0.1])
-    kept = [Completion([1], [i], "", reward=reward) for i, reward in rewards]
+    kept = [completion([1], [i], reward=reward) for i, reward in rewards]
     group = list(kept)
-    repo.replace_worst(group, Completion([1], [9], "guide", reward=0.1))
+    repo.replace_worst(group, completion([1], [9], "guide", reward=0.1))
     assert group == kept
-    guide = Completion([1], [7, 8], "guide", reward=0.11)
+    guide = completion([1], [7, 8], "guide", reward=0.11)
     repo.replace_worst(group, guide)
     assert guide.replaced is kept[1]
     assert group[1] is guide and group == [kept[0], guide, *kept[2:]]
@@ -1342,7 +1353,7 @@ def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
     scripted(rollout="\\boxed{2}", rephrase="Sure! So it is \\boxed{4}.")
     problems = [PROBLEMS[0], dict(PROBLEMS[0], answer="4")]  # one question, the first time solved
     _, groups, guides = step(problems=problems)
-    assert repo.episode(problems, groups, guides, CFG) == dict(
+    assert repo.episode(groups, guides) == dict(
         problems[1],
         rollouts=[dict(reward=0.0, text="\\boxed{2}")] * 4,
         draft="Sure! So it is \\boxed{4}.",
