@@ -27,7 +27,7 @@ one verified text of the policy's own, and a push away from G-1 failures. Its ki
 
 Sources: we have not read the full text of the paper, and no code of its authors is public. A mark
 says where a mechanism or a value comes from: `paper` is the abstract, `reported` what independent
-readers of the full text say, `ours` our choice where we know of none.
+readers of the full text say (equation numbers too), `ours` our choice where we know of none.
 
     python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --out out
 """
@@ -178,7 +178,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     guides = guidance(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
 
     # 3. Injection: o_rep takes the place of the worst rollout, in `group` itself.
-    for group, o_rep in zip(hard, guides):
+    for group, o_rep in zip(hard, guides):  # no guides with --guidance none
         replace_worst(group, o_rep)
 
     # 4. Update: group-relative advantages, then the clipped policy gradient under the plain q.
@@ -193,7 +193,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 
 
 def timed(function):
-    """The function, which also notes in its `.seconds` how long its last call took."""
+    """The function, which also notes in its `.seconds` its last call's, for `step_metrics`."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -209,6 +209,7 @@ def timed(function):
 def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
     """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
 
+    `accuracy` asks for one greedy sample instead of G at T.
     Raises: RepoError if most begin with thoughts. A rephrase has none, and would teach to leave
     them out (ours).
     """
@@ -347,8 +348,8 @@ def encode_prompt(tokenizer, text):
     Raises: RepoError if the chat template opens a block of thoughts all the same.
     """
     if not getattr(tokenizer, "chat_template", None):  # a base model
-        # It ends in a line break, after which no token of an answer begins with a blank: a text
-        # encoded anew has then the tokens that sampling would give.
+        # It ends in a line break: after one an answer begins without a blank, so that a text
+        # encoded by itself (`as_completion`) has the tokens that sampling would give.
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
     turns, _ = chat(tokenizer, text)
@@ -450,6 +451,8 @@ def as_completion(tokenizer, problem, text, end, cfg):
     return Completion(problem, prompt, ids + end, text)
 
 
+# The patterns may wait: `clean_rephrase`, below them, says what each is for.
+
 OUTSIDE = re.compile(  # thoughts, even if never opened or closed; control tokens spelled as text
     r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
     r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
@@ -460,18 +463,20 @@ SENTENCE = re.compile(  # with the "2." or "Note:" before it
 SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
 SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it anew
     r"(?i)\b(?:my|your) own words\b|\bsolve (?:it|the problem) anew\b"
-    r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b(?! (?:the|this) (?:problem|question)| as)"
+    r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b"
+    r"(?! (?:the|this) (?:problem|question|condition|equation|expression|statement)| as)"
     rf"|\b(?:rewritten|reference|provided|expert(?:['’]s)?) (?:\w+ )?(?:version|{SOLUTION})"
     # "the reference says so" speaks of it, "the reference point" does not
     r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
-    rf"|\b{SOLUTION} (?:above|given|you gave|says|states|explains)\b"
+    rf"|\b{SOLUTION} (?:you gave|says|states|explains)\b"
+    rf"|\b{SOLUTION} (?:above|given)(?= *[,.;:)]| \w+s\b|$)"
     r"|(?:according to|match\w*|agree\w* with|consistent with|follow\w*|as (?:in|shown in)) the"
     rf" (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
 CHATTER = re.compile(  # of no matter in the middle, but no beginning or end of an answer
     r"(?i)^(?:[^\w\\$`|()\[\]{}]|_)*$"
     r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
-    r"|^\W*(?:[\w ]+[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
+    r"|^\W*(?:\w[\w ]*[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
     rf"(?:version|{SOLUTION})[^=\\\d]*$"
     r"|\bI hope (?:it|that|this) (?:\w+ )?(?:clarifies|helps|is clear)|\blet me know (?:how|if)\b"
     r"|\bfeel free to\b|\bif you have any\b"
@@ -487,7 +492,8 @@ def clean_rephrase(text):
     and train it. To delete such text is the paper's; to refuse, and the patterns, some usual
     English wordings, are ours.
     """
-    text = next(filter(str.strip, OUTSIDE.split(text.rstrip("\ufffd"))), "")
+    text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
+    text = next(filter(str.strip, OUTSIDE.split(text)), "")
     sentences = SENTENCE.findall(text)
     kept = [n for n, s in enumerate(sentences) if not SOURCE.search(s) and not CHATTER.search(s)]
     answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
@@ -503,7 +509,7 @@ def gate_opens(group, cfg):
 
 
 def replace_worst(group, guide):
-    """Puts the guide, o_rep, in the place of the group's lowest reward (paper).
+    """Puts the guide, o_rep, in the place of the group's lowest reward (reported).
 
     The first among equals, and only if the guide's own reward is higher (both ours). With rewards
     of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would join a group of zeros,
@@ -564,8 +570,9 @@ def update(model, optimizer, groups, cfg, reference=None):
                     fixed = token_logps(reference, batch, cfg.temperature)
             loss = 0.0
             for n, (o, logps) in enumerate(zip(batch, policy)):
-                # π_old(·|q) is the first pass itself, for o_rep too, although π(·|P(q,k)) wrote it
-                # (ours): it costs nothing, and no other code path can disturb the ratio.
+                # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
+                # (Eq. 11). It is read off the first pass (ours): that costs nothing, and no other
+                # code path can disturb the ratio.
                 o.old_logps = o.old_logps or logps.tolist()
                 old_logps = logps.new_tensor(o.old_logps)
                 weight = 1 / (count * len(o.tokens))  # 1/(B G) 1/|o_i|
@@ -585,7 +592,7 @@ def update(model, optimizer, groups, cfg, reference=None):
         optimizer.step()
     optimizer.zero_grad()  # sampling can use their memory
     return {
-        "kl": sum(kls) / cfg.updates_per_batch if kls else None,
+        "kl": sum(kls) / cfg.updates_per_batch if kls else None,  # each is weighed already
         "grad_norm": mean(norms),  # before it is scaled down
         "clip_ratio": mean(clipped),
         "sampler_logp_diff": difference,
@@ -636,7 +643,7 @@ def kl_loss(logps, reference_logps):
 
 
 def bounded_exp(log_ratio):
-    """exp, but of 60 at most: infinity times the 0 of the clip would be a NaN in the gradient."""
+    """exp(min(x, 60)): infinity times the 0 of the clip would be a NaN in the gradient."""
     return log_ratio.clamp(max=60.0).exp()
 
 
@@ -651,7 +658,7 @@ def micro_batches(completions, max_tokens):
 
 
 def sampler_diff(completions):
-    """max |log π of the sampler - log π of the trainer| over the tokens sampled under q, in nats.
+    """max |log π of the sampler - log π of the trainer| over the sampled tokens trained, in nats.
 
     Raises: RepoError if the mean is above 0.1 nats a token. Rounding in bf16 gives some 0.03 at any
     temperature (a single token may be 2 nats apart at T = 0.1), a sampler that is wrongly at 0.3 T
@@ -697,14 +704,13 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
 
     `hard` are the groups whose gate opened. Rollouts are taken as they were
     sampled, before any was replaced. Each `logp/` is a mean per token under the plain q, in nats,
-    where gates opened: of the experts' texts (after the update), of the rephrases let in, of the
-    policy's rollouts.
+    where gates opened: of the experts' texts (after the update), of the rephrases let in (which may
+    be fewer), of the policy's rollouts.
     """
     sampled = [as_sampled(group) for group in groups]
     own = [o for group in sampled for o in group]
-    beside = [o for group in hard for o in as_sampled(group)]
-    problems = [guide.problem for guide in guides]
-    experts = expert_completions(model, tokenizer, problems, cfg)
+    hard_own = [o for group in hard for o in as_sampled(group)]
+    experts = expert_completions(model, tokenizer, [o.problem for o in guides], cfg)
     rephrases = guides if cfg.guidance == "rephrase" else []
     length = mean(len(o.tokens) for o in rephrases if o.text)  # not of those refused
     return {
@@ -716,13 +722,11 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
         "injections": sum(guide.replaced is not None for guide in guides),
         "rephrase/success": mean(o.reward >= cfg.fail_threshold for o in rephrases),
         "rephrase/mean_length": length,
-        "rephrase/length_ratio": length and length / mean(len(o.tokens) for o in beside),
+        "rephrase/length_ratio": length and length / mean(len(o.tokens) for o in hard_own),
         "rephrase/clipped_ratio": mean(o.truncated for o in rephrases),
         "logp/expert": mean_logp(model, experts, cfg) if experts else None,
-        "logp/rephrase": mean(
-            logp for o in rephrases for logp in o.old_logps
-        ),  # none if not let in
-        "logp/rollout": mean(logp for o in beside for logp in o.sampler_logps),
+        "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),
+        "logp/rollout": mean(logp for o in hard_own for logp in o.sampler_logps),
         "seconds/sample": rollout.seconds,
         "seconds/rephrase": guidance.seconds,
         "seconds/update": update.seconds,
@@ -810,7 +814,7 @@ def normalise(answer):
     for pattern, replacement in REWRITES.items():
         answer = re.sub(pattern, replacement, answer.strip())
     labels = set(re.findall(LABEL, answer))
-    answer = re.sub(LABEL, "", answer)
+    answer = re.sub(LABEL, "", answer).strip()
     if re.fullmatch(NUMBER, answer):
         return Fraction(answer.replace(",", "")), labels
     answer = re.sub(" ?, ?", ",", answer)
@@ -864,7 +868,9 @@ def load_model(name, device):
     if max(tokenizer.get_vocab().values()) >= rows:
         raise RepoError(f"{name!r} has a tokenizer of more tokens than its {rows} embeddings")
     if hasattr(model.config, "output_router_logits"):
-        model.config.output_router_logits = False  # for a mixture of experts' own loss, not ours
+        model.config.output_router_logits = (
+            False  # else a loss we do not use, which fails with a cache
+        )
     return model.to(device), tokenizer
 
 
@@ -971,8 +977,8 @@ MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tok
 
 def save_checkpoint(file, log, model, optimizer, settings):
     """Writes beside the old file and then moves over it: a kill leaves the old one or the new."""
-    state = dict(log=log, settings=settings)
-    state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
+    weights, moments = model.state_dict(), optimizer.state_dict()
+    state = dict(log=log, settings=settings, model=weights, optimizer=moments)
     partial = file.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(file)
@@ -1013,13 +1019,13 @@ def train(run, cfg):
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
-    if cfg.guidance == "verbatim":
-        if not any(boxed_reward(p["knowledge"], p["answer"]) for p in problems):
-            raise RepoError("the reward takes no expert's text: none ends in \\boxed{the answer}")
+    rewards = [boxed_reward(p["knowledge"], p["answer"]) for p in problems]
+    if cfg.guidance == "verbatim" and not any(rewards):
+        raise RepoError("the reward takes no expert's text: none ends in \\boxed{the answer}")
 
     model, tokenizer = load_model(run.model, run.device)
     reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
-    # By the longer prompt, P(q,k), also where no guidance is used: all train on the same problems.
+    # By P(q,k), by default the longer prompt, also where no guidance is used: all train on the same problems.
     problems = fitting(problems, cfg.rephrase_prompt, model, tokenizer, cfg)
     held_out = fitting(held_out, cfg.question_prompt, model, tokenizer, cfg)
     before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume

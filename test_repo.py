@@ -952,6 +952,7 @@ x = \frac34 | x=0.75 | right
 x=3\text{ cm} | 3 | right
 x=3\text{ cm} | 3\text{ m} | wrong
 f(x)=x^2 | x^2 | right
+x=\text{even} | even | right
 f(x)=x^2 | g(x)=x^2 | wrong
 3=x | 3 | wrong
 x=y=3 | 3 | wrong
@@ -1121,6 +1122,9 @@ I hope to reach 60 km/h. I hope that the train is on time.
 If you have 3 questions and guess, 1/8. The company starts anew.
 Note: x must be positive. Then x = 2.
 The given answer choices are 3 and 4. The answer is 3.
+The answer given by 2+3 is 5. So \boxed{5}.
+Find the solution above the line y = 2. Then \boxed{3}.
+We can rephrase the condition: x > 2. So \boxed{3}.
 """)
 CUT = texts(r"""
 Sure! Here is my rewritten version: {}
@@ -1167,6 +1171,7 @@ We add 3. The given solution says 7. So \boxed{7}.
 We add 3. As stated in the reference, we add. So \boxed{7}.
 We add 3. Like the solution above, we add. So \boxed{7}.
 We add 3. The solution you gave adds 4. So \boxed{7}.
+We add 3. The solution above gives 4. So \boxed{7}.
 We add 3. Now I rephrase the next step. So \boxed{7}.
 We get 1. This matches the reference.⏎So it is \boxed{7.5}.
 Now by the provided solution it is \boxed{7}.
