@@ -868,9 +868,7 @@ def load_model(name, device):
     if max(tokenizer.get_vocab().values()) >= rows:
         raise RepoError(f"{name!r} has a tokenizer of more tokens than its {rows} embeddings")
     if hasattr(model.config, "output_router_logits"):
-        model.config.output_router_logits = (
-            False  # else a loss we do not use, which fails with a cache
-        )
+        model.config.output_router_logits = False  # a loss not ours, which fails with a cache
     return model.to(device), tokenizer
 
 
@@ -1025,7 +1023,8 @@ def train(run, cfg):
 
     model, tokenizer = load_model(run.model, run.device)
     reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
-    # By P(q,k), by default the longer prompt, also where no guidance is used: all train on the same problems.
+    # By P(q,k), by default the longer prompt, also where no guidance is used: all train on the
+    # same problems.
     problems = fitting(problems, cfg.rephrase_prompt, model, tokenizer, cfg)
     held_out = fitting(held_out, cfg.question_prompt, model, tokenizer, cfg)
     before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume

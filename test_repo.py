@@ -545,15 +545,15 @@ def test_advantages_against_numpy_and_exactly_zero_for_equal_rewards():
     np.testing.assert_allclose(seen, expected)
     for size in range(2, 40):
         for reward in (0.0, 0.1, 1 / 3, 1e9):  # a mean in floats would round
-            assert repo.group_advantages([reward] * size) == [0.0] * size
+            assert not any(repo.group_advantages([reward] * size))
 
 
 @cases("size", [2, 3, 8, 64])
 def test_what_an_injection_is_worth_as_the_head_derives_it(size):
     """(G-1)/√G for o_rep and -1/√G for each of the failures beside it."""
-    expected = [(size - 1) / size**0.5] + [-1 / size**0.5] * (size - 1)
-    seen = repo.group_advantages([1.0] + [0.0] * (size - 1))
-    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+    rewards = [1.0] + [0.0] * (size - 1)
+    expected = (size * np.array(rewards) - 1) / size**0.5
+    np.testing.assert_allclose(repo.group_advantages(rewards), expected, rtol=1e-5)
 
 
 def test_token_logps_against_numpy_one_sequence_at_a_time():
@@ -590,10 +590,9 @@ def test_kl_is_the_k3_estimator_and_no_log_ratio_makes_a_gradient_infinite(far, 
     (loss + repo.kl_loss(-d, torch.zeros(3))).backward()  # 0 x inf would be NaN
     assert d.grad.isfinite().all()
     near = d[:2].detach()
-    kl = repo.kl_loss(-near, torch.zeros(2))
-    torch.testing.assert_close(kl, (near.exp() - near - 1).sum())
-    unclipped = (advantage < 0) * near.exp()
-    torch.testing.assert_close(d.grad[:2], near.exp() - 1 + unclipped)
+    ratio = near.exp()
+    torch.testing.assert_close(repo.kl_loss(-near, torch.zeros(2)), (ratio - near - 1).sum())
+    torch.testing.assert_close(d.grad[:2], ratio - 1 + (advantage < 0) * ratio)
 
 
 @cases("micro_batch_tokens", [10_000, 60, 25, 1])
