@@ -64,13 +64,11 @@ QUESTION_PROMPT = "{question}\n\nReason step by step and put the final answer in
 
 REPHRASE_PROMPT = """{question}
 
-A correct solution of this problem:
+For your eyes only:
 {knowledge}
 
-Make sure that you understand why each step is right. Then rewrite this solution in your own \
-words, step by step, for a reader who has only the problem. Change the wording, but keep every \
-step with its reason or calculation and every result, and only then end with: The final answer \
-is \\boxed{...}"""
+Understand it. Then answer the question in your own words, step by step, with every calculation \
+and result. End with: The final answer is \\boxed{...}"""
 
 
 def setting(default, doc):
@@ -146,7 +144,7 @@ class Completion:
     """One text that answers a question: a rollout, a rephrase o_rep or the expert's own."""
 
     problem: dict  # its question, knowledge and answer
-    prompt: list  # token ids that it follows: of the plain q, or in a mere draft of P(q,k)
+    prompt: list  # token ids of the plain q; of P(q,k) in a draft, which is never trained
     tokens: list  # token ids, with the end token, which is trained too
     text: str  # the tokens as the reward reads them
     truncated: bool = False  # max_new_tokens came before an end token
@@ -193,7 +191,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 
 
 def timed(function):
-    """The function, which also notes in its `.seconds` its last call's, for `step_metrics`."""
+    """The function, and in its `.seconds` how long its last call took, for `step_metrics`."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -469,7 +467,7 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     # "the reference says so" speaks of it, "the reference point" does not
     r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
     rf"|\b{SOLUTION} (?:you gave|says|states|explains)\b"
-    rf"|\b{SOLUTION} (?:above|given)(?= *[,.;:)]| \w+s\b|$)"
+    rf"|\b{SOLUTION} (?:above|given|provided)(?= *[,.;:)]| \w+s\b|$)"
     r"|(?:according to|match\w*|agree\w* with|consistent with|follow\w*|as (?:in|shown in)) the"
     rf" (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
@@ -549,8 +547,8 @@ def group_advantages(rewards):
 def update(model, optimizer, groups, cfg, reference=None):
     """Step 4 ends: `updates_per_batch` optimizer steps up J (Eq. 11). Returns metrics.
 
-    With one update the policy that is trained is the one that sampled: the ratio is exactly 1, the
-    clip never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
+    With one update the ratio is exactly 1, as its denominator is read off the same pass; the clip
+    never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
     Raises: RepoError if kl_beta is set without a reference, or if sampler and trainer disagree;
     RuntimeError if a gradient is not finite. The weights do not move by such a gradient.
     """

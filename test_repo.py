@@ -1171,6 +1171,7 @@ We add 3. As stated in the reference, we add. So \boxed{7}.
 We add 3. Like the solution above, we add. So \boxed{7}.
 We add 3. The solution you gave adds 4. So \boxed{7}.
 We add 3. The solution above gives 4. So \boxed{7}.
+We add 3. The solution provided shows 4. So \boxed{7}.
 We add 3. Now I rephrase the next step. So \boxed{7}.
 We get 1. This matches the reference.⏎So it is \boxed{7.5}.
 Now by the provided solution it is \boxed{7}.
