@@ -3,7 +3,7 @@ r"""RePO: Rephrasing Policy Optimization (arXiv 2602.10819), a reference impleme
 The policy π_θ is a language model. A question q comes with an expert's solution k (the knowledge)
 and an answer that can be checked. Where all rollouts of a question fail, their advantages are all 0
 and GRPO learns nothing. RePO shows k to the policy, lets it write the solution in its own words and
-trains that text as if the policy had found it alone. One step is `train_step`, just below:
+trains that text as if the policy had found it alone. One step is `train_step`, after the settings:
 
     1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
     2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
@@ -514,10 +514,10 @@ def replace_worst(group, guide):
     which has no advantages. With graded rewards a worse guide would make the failures look good.
     An empty text, which is what a refused draft leaves, stays out whatever its reward.
     """
-    worst = min(group, key=lambda o: o.reward)
-    if guide.text != "" and guide.reward > worst.reward:
-        guide.replaced = worst
-        group[group.index(worst)] = guide
+    worst = min(range(len(group)), key=lambda n: group[n].reward)
+    if guide.text != "" and guide.reward > group[worst].reward:
+        guide.replaced = group[worst]
+        group[worst] = guide
 
 
 # ------------------------------------------------------------------------------------- 4. update
@@ -700,10 +700,10 @@ def as_sampled(group):
 def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     """What a step shows, under TRL's names where it has one; None where there is nothing to see.
 
-    `hard` are the groups whose gate opened. Rollouts are taken as they were
-    sampled, before any was replaced. Each `logp/` is a mean per token under the plain q, in nats,
-    where gates opened: of the experts' texts (after the update), of the rephrases let in (which may
-    be fewer), of the policy's rollouts.
+    `hard` are the groups whose gate opened. Rollouts are taken as they were sampled, before any was
+    replaced. Each `logp/` is a mean per token under the plain q, in nats, where gates opened: of
+    the experts' texts (after the update), of the rephrases let in (which may be fewer), of the
+    policy's rollouts.
     """
     sampled = [as_sampled(group) for group in groups]
     own = [o for group in sampled for o in group]
@@ -1015,8 +1015,9 @@ def train(run, cfg):
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
-    rewards = [boxed_reward(p["knowledge"], p["answer"]) for p in problems]
-    if cfg.guidance == "verbatim" and not any(rewards):
+    if cfg.guidance == "verbatim" and not any(
+        boxed_reward(p["knowledge"], p["answer"]) for p in problems
+    ):
         raise RepoError("the reward takes no expert's text: none ends in \\boxed{the answer}")
 
     model, tokenizer = load_model(run.model, run.device)
