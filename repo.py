@@ -943,15 +943,19 @@ def load_problems(run, split):
     return problems
 
 
-def fitting(problems, template, model, tokenizer, cfg):
-    """The problems whose prompt, the template filled in, leaves room for a completion.
+def fitting(problems, templates, model, tokenizer, cfg):
+    """The problems whose prompts, the templates filled in, leave room for a completion.
 
     The others are left out, and counted.
     Raises: RepoError if none of them fits.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     room = context - cfg.max_new_tokens
-    kept = [p for p in problems if len(encode_prompt(tokenizer, fill(template, p))) <= room]
+    kept = [
+        problem
+        for problem in problems
+        if all(len(encode_prompt(tokenizer, fill(text, problem))) <= room for text in templates)
+    ]
     if kept != problems:
         print(f"{len(kept)} of {len(problems)} problems leave room for {cfg.max_new_tokens} tokens")
         if not kept:
@@ -1022,10 +1026,10 @@ def train(run, cfg):
 
     model, tokenizer = load_model(run.model, run.device)
     reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
-    # By P(q,k), by default the longer prompt, also where no guidance is used: all train on the
-    # same problems.
-    problems = fitting(problems, cfg.rephrase_prompt, model, tokenizer, cfg)
-    held_out = fitting(held_out, cfg.question_prompt, model, tokenizer, cfg)
+    # By P(q,k) also where no guidance is used: all train on the same problems.
+    prompts = [cfg.question_prompt, cfg.rephrase_prompt]
+    problems = fitting(problems, prompts, model, tokenizer, cfg)
+    held_out = fitting(held_out, prompts[:1], model, tokenizer, cfg)
     before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True

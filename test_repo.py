@@ -1334,10 +1334,10 @@ def test_overlong_problems_are_left_out_and_counted(capsys):
     problems = [dict(question="q" * n, knowledge="k") for n in (50, 51, 500)]
     context = len(encode_prompt(tokenizer, "")) + 51 + CFG.max_new_tokens
     rest = tiny_model(max_position_embeddings=context), tokenizer, CFG
-    assert repo.fitting(problems, "{knowledge}{question}", *rest) == problems[:1]
+    assert repo.fitting(problems, ["{knowledge}{question}", "{knowledge}"], *rest) == problems[:1]
     assert "1 of 3 problems" in capsys.readouterr().out
     with refused(f"context of {context}"):
-        repo.fitting(problems[2:], "{question}", *rest)
+        repo.fitting(problems[2:], ["{question}"], *rest)
 
 
 # ----------------------------------------------------------- the command line, on files made here
