@@ -64,11 +64,11 @@ QUESTION_PROMPT = "{question}\n\nReason step by step and put the final answer in
 
 REPHRASE_PROMPT = """{question}
 
-For your eyes only:
+Your notes for the answer:
 {knowledge}
 
-Understand it. Then answer the question in your own words, step by step, with every calculation \
-and result. End with: The final answer is \\boxed{...}"""
+Understand them. Then write the full answer from them in your own words: explain every step, with \
+its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 
 def setting(default, doc):
@@ -466,6 +466,7 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     rf"|\b(?:rewritten|reference|provided|expert(?:['’]s)?) (?:\w+ )?(?:version|{SOLUTION})"
     # "the reference says so" speaks of it, "the reference point" does not
     r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
+    r"|\b(?:my|our|your) notes\b|\b(?:according to|based on|follow\w*) the notes\b"
     rf"|\b{SOLUTION} (?:you gave|says|states|explains)\b"
     rf"|\b{SOLUTION} (?:above|given|provided)(?= *[,.;:)]| \w+s\b|$)"
     r"|(?:according to|match\w*|agree\w* with|consistent with|follow\w*|as (?:in|shown in)) the"
