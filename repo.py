@@ -952,11 +952,11 @@ def fitting(problems, templates, model, tokenizer, cfg):
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     room = context - cfg.max_new_tokens
-    kept = [
-        problem
-        for problem in problems
-        if all(len(encode_prompt(tokenizer, fill(text, problem))) <= room for text in templates)
-    ]
+    kept = []
+    for problem in problems:
+        prompts = [encode_prompt(tokenizer, fill(template, problem)) for template in templates]
+        if max(map(len, prompts)) <= room:
+            kept.append(problem)
     if kept != problems:
         print(f"{len(kept)} of {len(problems)} problems leave room for {cfg.max_new_tokens} tokens")
         if not kept:
@@ -1028,9 +1028,8 @@ def train(run, cfg):
     model, tokenizer = load_model(run.model, run.device)
     reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
     # By P(q,k) also where no guidance is used: all train on the same problems.
-    prompts = [cfg.question_prompt, cfg.rephrase_prompt]
-    problems = fitting(problems, prompts, model, tokenizer, cfg)
-    held_out = fitting(held_out, prompts[:1], model, tokenizer, cfg)
+    problems = fitting(problems, [cfg.question_prompt, cfg.rephrase_prompt], model, tokenizer, cfg)
+    held_out = fitting(held_out, [cfg.question_prompt], model, tokenizer, cfg)
     before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
