@@ -84,6 +84,9 @@ class Config:
     batch_size: int = setting(16, "questions in a step [reported, ours; 512 is reported]")
     max_new_tokens: int = setting(512, "longest completion in tokens [ours, ours; not reported]")
     temperature: float = setting(1.0, "T: policy softmax(logits / T) [ours, ours; not reported]")
+    rephrase_temperature: float = setting(
+        0.0, "T of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours]"
+    )
     guidance: Literal["rephrase", "verbatim", "none"] = setting(
         "rephrase",
         "what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's "
@@ -123,6 +126,7 @@ class Config:
             "max_new_tokens: at least 1": self.max_new_tokens >= 1,
             "updates_per_batch: at least 1": self.updates_per_batch >= 1,
             "temperature: above 0": self.temperature > 0,
+            "rephrase_temperature: at least 0": self.rephrase_temperature >= 0,
             "guidance: one of the three": self.guidance in ("rephrase", "verbatim", "none"),
             "fail_threshold: above 0 and at most 1": 0 < self.fail_threshold <= 1,
             "gate_threshold: a share of the group, 0 to 1": 0 <= self.gate_threshold <= 1,
@@ -419,12 +423,13 @@ def guidance(model, tokenizer, problems, cfg, reward_fn):
 def rephrase(model, tokenizer, problems, cfg):
     """o_rep ~ π_old(·|P(q,k)) for each problem (Eq. 5), cleaned, as a completion of the plain q.
 
-    Drawn at the rollouts' temperature (ours). The draft's end token closes it; a truncated draft
-    has none, and so its o_rep has none.
+    Drawn at a temperature of its own, by default greedily (ours): at T = 1 a small model loses its
+    way in the steps that it was shown. The draft's end token closes it; a truncated draft has none,
+    and so its o_rep has none.
     """
-    template = cfg.rephrase_prompt
+    template, temperature = cfg.rephrase_prompt, cfg.rephrase_temperature
     rephrases = []
-    for [draft] in complete(model, tokenizer, template, problems, 1, cfg.temperature, cfg):
+    for [draft] in complete(model, tokenizer, template, problems, 1, temperature, cfg):
         end = [] if draft.truncated else draft.tokens[-1:]
         o_rep = as_completion(tokenizer, draft.problem, clean_rephrase(draft.text), end, cfg)
         o_rep.draft, o_rep.truncated = draft.text, draft.truncated
@@ -877,13 +882,14 @@ PLAIN_TYPES = r"(large_)?string|u?int\d+|null"  # read as they are written
 def in_box(text):
     r"""A text that ends in GSM8K's line `#### 42`, with `\boxed{42}` for it and without `<<..>>`.
 
-    Any other text stays as it is: there `####` is a heading, `<<` an operator, or a box is there.
+    In a sentence, as a box without words gets lost when the text is rephrased. Any other text stays
+    as it is: there `####` is a heading, `<<` an operator, or a box is there.
     """
     mark = re.fullmatch(r"(?s)(?!.*\\boxed)((?:.*\n)?)#### *([^#\s][^\n]*)", text)
     if not mark:
         return text
     solution = re.sub(r"<<[-+*/%().,\d ]+=[-.,\d]+>>(?=[-.\d])", "", mark[1])
-    return f"{solution}\\boxed{{{mark[2]}}}"
+    return f"{solution}The final answer is \\boxed{{{mark[2]}}}."
 
 
 def as_text(value):

@@ -69,6 +69,7 @@ CODEBOOKS = repo.Config(
     batch_size=32,
     group_size=4,
     max_new_tokens=20,
+    rephrase_temperature=1.0,
     question_prompt="{question}",
     rephrase_prompt="{question}?{knowledge}",
 )
@@ -240,6 +241,7 @@ REALMS = repo.Config(
     group_size=4,
     max_new_tokens=30,  # room for an expert's text too, or verbatim injection would have no chance
     temperature=0.7,
+    rephrase_temperature=0.7,
     question_prompt="{question}",
     micro_batch_tokens=512,  # quicker on a CPU: with 49,000 tokens to choose from, memory is slow
     rephrase_prompt="{question}\n\nHint: {knowledge}\n\nNow in one short sentence of your own: "

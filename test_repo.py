@@ -322,6 +322,7 @@ fail_threshold | 0.0
 fail_threshold | 1.1
 temperature | 0.0
 temperature | NaN
+rephrase_temperature | -0.1
 clip_epsilon | -0.2
 kl_beta | -0.1
 learning_rate | 0.0
@@ -712,7 +713,7 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_fai
     calls = scripted("%s\\boxed{2}<|im_end|>", meta + "So it is \\boxed{%s}.<|im_end|>")
     model, tokenizer = tiny_model(), byte_tokenizer()
     metrics, groups, guides = step(model=model, temperature=0.8)
-    assert calls == [(3, 0.8), (2, 0.8)]  # the first question is solved
+    assert calls == [(3, 0.8), (2, 0.0)]  # the first question is solved
     assert metrics["injections"] == 2 and metrics["rephrase/success"] == 1
     assert metrics["reward"] == 1 / 3  # of the policy's own, as is this:
     assert metrics["frac_reward_zero_std"] == 1
@@ -1275,15 +1276,15 @@ def test_chats_and_fields_of_dicts_are_read_as_in_luffy_and_verl(path, capsys):
 @cases(
     "text, knowledge, answer",
     rows(r"""
-#### Step 1⏎so⏎#### 42 | #### Step 1⏎so⏎\boxed{42} | 42
-so⏎##### a⏎####B | so⏎##### a⏎\boxed{B} | B
-so⏎#### 1,200 m⏎ | so⏎\boxed{1,200 m} | 1,200 m
+#### Step 1⏎so⏎#### 42 | #### Step 1⏎so⏎The final answer is \boxed{42}. | 42
+so⏎##### a⏎####B | so⏎##### a⏎The final answer is \boxed{B}. | B
+so⏎#### 1,200 m⏎ | so⏎The final answer is \boxed{1,200 m}. | 1,200 m
 \boxed{7}.⏎#### Check⏎2 + 5 = 7 | \boxed{7}.⏎#### Check⏎2 + 5 = 7 | 7
 \boxed{7}.⏎#### Check | \boxed{7}.⏎#### Check | 7
 so⏎#### $\boxed{7}$ | so⏎#### $\boxed{7}$ | 7
-2 = <<6/3=2>>2, <<2*1000=2000>>2,000⏎#### 2 | 2 = 2, 2,000⏎\boxed{2} | 2
-<<2-1.5=.5>>.5 (<<(1+1)*50%=1>>1)⏎#### 1 | .5 (1)⏎\boxed{1} | 1
-1 <<= x, 1<<2=4>>x, cout << x=1 >> y⏎#### 4 | 1 <<= x, 1<<2=4>>x, cout << x=1 >> y⏎\boxed{4} | 4
+2 = <<6/3=2>>2, <<2*1000=2000>>2,000⏎#### 2 | 2 = 2, 2,000⏎The final answer is \boxed{2}. | 2
+<<2-1.5=.5>>.5 (<<(1+1)*50%=1>>1)⏎#### 1 | .5 (1)⏎The final answer is \boxed{1}. | 1
+1 <<= x, 1<<2=4>>x, <<x=1>>⏎#### 4 | 1 <<= x, 1<<2=4>>x, <<x=1>>⏎The final answer is \boxed{4}. | 4
 1 <<= x 1<<2=4>>3 \boxed{4} | 1 <<= x 1<<2=4>>3 \boxed{4} | 4
 """),
 )
