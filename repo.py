@@ -7,7 +7,7 @@ trains that text as if the policy had found it alone. One step is `train_step`, 
 
     1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
     2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
-                   to write it anew
+                   to write it anew (greedily: ours)
     3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout
     4. Update      A_i = (R_i - mean R) / std R
                    r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
@@ -85,7 +85,8 @@ class Config:
     max_new_tokens: int = setting(512, "longest completion in tokens [ours, ours; not reported]")
     temperature: float = setting(1.0, "T: policy softmax(logits / T) [ours, ours; not reported]")
     rephrase_temperature: float = setting(
-        0.0, "T of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours]"
+        0.0,
+        "of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours; not reported]",
     )
     guidance: Literal["rephrase", "verbatim", "none"] = setting(
         "rephrase",
@@ -139,8 +140,8 @@ class Config:
         }
         for rule, holds in rules.items():
             if not holds:
-                name, _, rule = rule.partition(": ")
-                raise RepoError(f"{name} is {getattr(self, name)!r}; it must be {rule}")
+                name, _, demand = rule.partition(": ")
+                raise RepoError(f"{name} is {getattr(self, name)!r}; it must be {demand}")
 
 
 @dataclass
@@ -260,9 +261,9 @@ def complete(model, tokenizer, template, problems, num_samples, temperature, cfg
 def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     """Draws `num_samples` completions of each prompt from exactly softmax(logits / T).
 
-    `prompts` are lists of token ids; T = 0 is greedy. Returns (token ids, log-probability of each)
-    for each completion, those of a prompt side by side. A completion ends with its first token in
-    `ends`, or after `max_new_tokens` without one.
+    `prompts` are lists of token ids. Returns (token ids, log-probability of each) for each
+    completion, those of a prompt side by side. A completion ends with its first token in `ends`, or
+    after `max_new_tokens` without one. T = 0 is greedy, with log-probabilities of T = 1.
 
     A loop of our own: `model.generate` follows the checkpoint's top-k, top-p and penalties, and
     takes longer. Here a prompt is read once for all its samples, and finished rows leave.
@@ -454,7 +455,22 @@ def as_completion(tokenizer, problem, text, end, cfg):
     return Completion(problem, prompt, ids + end, text)
 
 
-# The patterns may wait: `clean_rephrase`, below them, says what each is for.
+def clean_rephrase(text):
+    """The draft without what betrays that it is a rephrase, to read as a direct answer to q.
+
+    Thoughts go. Of the pieces between control tokens spelled as text the first that is not blank
+    stays. At both ends sentences go that speak of the source or only chat. If what stays still
+    speaks of its source, it is refused: nothing stays, as a cut in the middle would leave a hole,
+    and train it. To delete such text is the paper's; to refuse, and the patterns, some usual
+    English wordings, are ours.
+    """
+    text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
+    text = next(filter(str.strip, OUTSIDE.split(text)), "")
+    sentences = SENTENCE.findall(text)
+    kept = [n for n, s in enumerate(sentences) if not SOURCE.search(s) and not CHATTER.search(s)]
+    answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
+    return "" if SOURCE.search(answer) else answer.strip()
+
 
 OUTSIDE = re.compile(  # thoughts, even if never opened or closed; control tokens spelled as text
     r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
@@ -472,6 +488,7 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     # "the reference says so" speaks of it, "the reference point" does not
     r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
     r"|\b(?:my|our|your) notes\b|\b(?:according to|based on|follow\w*) the notes\b"
+    r"|\bthe notes (?:above|given|provided|say|show|state)\b|\b(?:from|in) the notes,"
     rf"|\b{SOLUTION} (?:you gave|says|states|explains)\b"
     rf"|\b{SOLUTION} (?:above|given|provided)(?= *[,.;:)]| \w+s\b|$)"
     r"|(?:according to|match\w*|agree\w* with|consistent with|follow\w*|as (?:in|shown in)) the"
@@ -485,23 +502,6 @@ CHATTER = re.compile(  # of no matter in the middle, but no beginning or end of 
     r"|\bI hope (?:it|that|this) (?:\w+ )?(?:clarifies|helps|is clear)|\blet me know (?:how|if)\b"
     r"|\bfeel free to\b|\bif you have any\b"
 )
-
-
-def clean_rephrase(text):
-    """The draft without what betrays that it is a rephrase, to read as a direct answer to q.
-
-    Thoughts go. Of the pieces between control tokens spelled as text the first that is not blank
-    stays. At both ends sentences go that speak of the source or only chat. If what stays still
-    speaks of its source, it is refused: nothing stays, as a cut in the middle would leave a hole,
-    and train it. To delete such text is the paper's; to refuse, and the patterns, some usual
-    English wordings, are ours.
-    """
-    text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
-    text = next(filter(str.strip, OUTSIDE.split(text)), "")
-    sentences = SENTENCE.findall(text)
-    kept = [n for n, s in enumerate(sentences) if not SOURCE.search(s) and not CHATTER.search(s)]
-    answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
-    return "" if SOURCE.search(answer) else answer.strip()
 
 
 # ---------------------------------------------------------------------------------- 3. injection
@@ -532,9 +532,8 @@ def replace_worst(group, guide):
 def assign_advantages(groups):
     """Step 4 begins: gives each completion its A_i, relative to the rewards of its group."""
     for group in groups:
-        advantages = group_advantages([o.reward for o in group])
-        for completion, advantage in zip(group, advantages):
-            completion.advantage = advantage
+        for o, advantage in zip(group, group_advantages([o.reward for o in group])):
+            o.advantage = advantage
 
 
 def group_advantages(rewards):
@@ -668,9 +667,12 @@ def sampler_diff(completions):
     temperature (a single token may be 2 nats apart at T = 0.1), a sampler that is wrongly at 0.3 T
     some 0.5.
     """
-    logps = [pair for o in completions for pair in zip(o.sampler_logps, o.old_logps)]
-    differences = [abs(sampler - trainer) for sampler, trainer in logps]
-    if logps and not mean(differences) <= 0.1:  # also for a NaN, which is above nothing
+    differences = [
+        abs(sampler - trainer)
+        for o in completions
+        for sampler, trainer in zip(o.sampler_logps, o.old_logps)
+    ]
+    if differences and not mean(differences) <= 0.1:  # also for a NaN, which is above nothing
         raise RepoError(
             f"sampler and trainer are {mean(differences):.1f} nats a token apart: this model "
             "ignores positions or attention masks, or keeps a cache whose rows cannot be "
@@ -691,11 +693,12 @@ def mean(values):
 @torch.no_grad()
 def mean_logp(model, completions, cfg):
     """The mean over all tokens of log π_θ(o_t | q, o_<t), in nats: how likely are these texts?"""
-    logps = []
-    for batch in micro_batches(completions, cfg.micro_batch_tokens):
-        for completion_logps in token_logps(model, batch, cfg.temperature):
-            logps += completion_logps.tolist()
-    return mean(logps)
+    return mean(
+        logp
+        for batch in micro_batches(completions, cfg.micro_batch_tokens)
+        for logps in token_logps(model, batch, cfg.temperature)
+        for logp in logps.tolist()
+    )
 
 
 def as_sampled(group):
@@ -880,10 +883,10 @@ PLAIN_TYPES = r"(large_)?string|u?int\d+|null"  # read as they are written
 
 
 def in_box(text):
-    r"""A text that ends in GSM8K's line `#### 42`, with `\boxed{42}` for it and without `<<..>>`.
+    r"""A text that ends in GSM8K's line `#### 42`, with "The final answer is \boxed{42}." for it (a
+    box without words gets lost when it is rephrased) and without `<<6*7=42>>`.
 
-    In a sentence, as a box without words gets lost when the text is rephrased. Any other text stays
-    as it is: there `####` is a heading, `<<` an operator, or a box is there.
+    Any other text stays as it is: there `####` is a heading, `<<` an operator, or a box is there.
     """
     mark = re.fullmatch(r"(?s)(?!.*\\boxed)((?:.*\n)?)#### *([^#\s][^\n]*)", text)
     if not mark:
@@ -906,7 +909,8 @@ def load_problems(run, split):
     r"""The split, also a slice of it, as dicts of question, knowledge and answer.
 
     A record that lacks one of them is left out, and counted. The answer is the last `\boxed{}` of
-    its column, or else all its text; a record whose whole solution would be its answer lacks one.
+    its column (see `in_box` for ####), or else all its text; a record whose whole solution would be
+    its answer lacks one.
     The fields of a column of dicts are columns: `reward_model.ground_truth`.
     Raises: RepoError if a column cannot be read, or no record is left; also for numbers with a
     point, dates, booleans or labels, whose spelling in the file is lost: 42 may have become 42.0.
@@ -997,11 +1001,12 @@ def load_checkpoint(file, settings):
     Raises: RepoError if a setting has changed.
     """
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for name, old in state["settings"].items():
-        if settings.get(name) != old and name not in MAY_CHANGE:
+    for name, new in settings.items():
+        old = state["settings"].get(name)
+        if old != new and name not in MAY_CHANGE:
             raise RepoError(
-                f"{file} was made with {name} = {old!r}, now it is {settings.get(name)!r}; change "
-                "it back or choose another --out"
+                f"{file} was made with {name} = {old!r}, now it is {new!r}; change it back or "
+                "choose another --out"
             )
     return state
 
@@ -1009,8 +1014,8 @@ def load_checkpoint(file, settings):
 def train(run, cfg):
     """The run of the command line. What can be checked without the model is checked first.
 
-    Raises: RepoError if --out cannot be written, or holds a run and --resume is not given, or if
-    the reward takes no expert's text that is to be injected verbatim.
+    Raises: RepoError if --out cannot be written or --device used, if --out holds a run and --resume
+    is not given, or if the reward takes no expert's text that is to be injected verbatim.
     """
     out = Path(run.out)
     checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"

@@ -1118,7 +1118,7 @@ The expert witness, in her own words, saw it. The expert's report is late.
 We rewrite the equation as 3x. Rewriting 3/4 as 0.75, add. Let me rewrite the fraction.
 Let me rephrase the problem: find n. In other words, find n.
 The answer key opens the lock.
-The notes C and E follow. Two bank notes make 7.
+The notes C and E follow. Two bank notes make 7. We take 4 from the notes in it.
 I hope to reach 60 km/h. I hope that the train is on time.
 If you have 3 questions and guess, 1/8. The company starts anew.
 Note: x must be positive. Then x = 2.
@@ -1176,6 +1176,8 @@ We add 3. The solution you gave adds 4. So \boxed{7}.
 We add 3. The solution above gives 4. So \boxed{7}.
 We add 3. The solution provided shows 4. So \boxed{7}.
 We add 3. From your notes we add 4. So \boxed{7}.
+We add 3. From the notes, we add 4. So \boxed{7}.
+We add 3. The notes say that we add 4. So \boxed{7}.
 We add 3. Now I rephrase the next step. So \boxed{7}.
 We get 1. This matches the reference.⏎So it is \boxed{7.5}.
 Now by the provided solution it is \boxed{7}.
