@@ -7,7 +7,7 @@ trains that text as if the policy had found it alone. One step is `train_step`, 
 
     1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
     2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
-                   to write it anew (greedily: ours)
+                   to write it anew; drawn greedily (ours)
     3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout
     4. Update      A_i = (R_i - mean R) / std R
                    r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
@@ -1001,8 +1001,9 @@ def load_checkpoint(file, settings):
     Raises: RepoError if a setting has changed.
     """
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for name, new in settings.items():
-        old = state["settings"].get(name)
+    then = state["settings"]
+    for name in then | settings:  # one may also be new, or gone
+        old, new = then.get(name), settings.get(name)
         if old != new and name not in MAY_CHANGE:
             raise RepoError(
                 f"{file} was made with {name} = {old!r}, now it is {new!r}; change it back or "

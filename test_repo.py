@@ -171,7 +171,7 @@ def gradient(model, groups, update=update, **changes):
     seen, optimizer = [], torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(model)))
     update(model, optimizer, groups, replace(CFG, max_grad_norm=1e9, **changes))
-    (grad,) = seen
+    [grad] = seen
     return grad
 
 
@@ -219,7 +219,7 @@ def scripted(monkeypatch):
             drawn = []
             for prompt in prompts:
                 turn = tokenizer.decode(prompt)
-                (problem,) = [p for p in PROBLEMS if p["question"] in turn]
+                [problem] = [p for p in PROBLEMS if p["question"] in turn]
                 text = rephrase if problem["knowledge"] in turn else rollout
                 ids = tokenizer(text.replace("%s", problem["answer"])).input_ids
                 logps = token_logps(model, [completion(prompt, ids)], temperature or 1.0)
@@ -294,7 +294,7 @@ def refusal(argv):
     """The one line in which a command ends."""
     with pytest.raises(SystemExit) as stop:
         repo.main(argv)
-    (line,) = str(stop.value).splitlines()
+    [line] = str(stop.value).splitlines()
     return line
 
 
@@ -538,8 +538,8 @@ def test_a_card_that_only_emulates_bf16_computes_in_fp32(monkeypatch):
 
 
 def test_advantages_against_numpy_and_exactly_zero_for_equal_rewards():
-    scales = np.array([[1.0], [1e-4], [1e-6], [100.0]])  # where the 1e-6 shows
-    rewards = np.random.default_rng(0).random((4, 8)) * scales
+    rewards = np.random.default_rng(0).random((4, 8))
+    rewards *= [[1.0], [1e-4], [1e-6], [100.0]]  # where the 1e-6 shows
     deviation = rewards.std(1, ddof=1, keepdims=True) + 1e-6
     expected = (rewards - rewards.mean(1, keepdims=True)) / deviation
     seen = [repo.group_advantages(group) for group in rewards.tolist()]
@@ -694,8 +694,7 @@ def test_the_gate(rewards, rho, opens):
 
 
 def test_the_first_of_the_lowest_is_replaced_as_a_whole_and_only_by_a_better_guide():
-    rewards = enumerate([0.2, 0.1, 0.9, 0.1])
-    kept = [completion([1], [i], reward=reward) for i, reward in rewards]
+    kept = [completion([1], [i], reward=r) for i, r in enumerate([0.2, 0.1, 0.9, 0.1])]
     group = list(kept)
     repo.replace_worst(group, completion([1], [9], "guide", reward=0.1))
     assert group == kept
@@ -1286,7 +1285,8 @@ so⏎#### 1,200 m⏎ | so⏎The final answer is \boxed{1,200 m}. | 1,200 m
 so⏎#### $\boxed{7}$ | so⏎#### $\boxed{7}$ | 7
 2 = <<6/3=2>>2, <<2*1000=2000>>2,000⏎#### 2 | 2 = 2, 2,000⏎The final answer is \boxed{2}. | 2
 <<2-1.5=.5>>.5 (<<(1+1)*50%=1>>1)⏎#### 1 | .5 (1)⏎The final answer is \boxed{1}. | 1
-1 <<= x, 1<<2=4>>x, <<x=1>>⏎#### 4 | 1 <<= x, 1<<2=4>>x, <<x=1>>⏎The final answer is \boxed{4}. | 4
+1 <<= x, 1<<2=4>>x⏎#### 4 | 1 <<= x, 1<<2=4>>x⏎The final answer is \boxed{4}. | 4
+cout << x=1 >> y⏎#### 4 | cout << x=1 >> y⏎The final answer is \boxed{4}. | 4
 1 <<= x 1<<2=4>>3 \boxed{4} | 1 <<= x 1<<2=4>>3 \boxed{4} | 4
 """),
 )
@@ -1379,8 +1379,7 @@ def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(fil
     Path("whole/metrics.jsonl").touch()  # a log without a line is no run
     repo.main(flags(files, "whole", steps=5, save_every=0))
     assert "holds a run; go on with --resume" in refusal(flags(files, "whole"))
-    changed = flags(files, "whole", resume=True, seed=1)
-    assert "made with seed = 0, now it is 1" in refusal(changed)
+    assert "made with seed = 0, now it is 1" in refusal(flags(files, "whole", resume=True, seed=1))
     repo.main(flags(files, "parts", steps=3, save_every=2))
     for name in ("metrics.jsonl", "episodes.jsonl"):
         assert lines("parts", name)
@@ -1406,6 +1405,8 @@ def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         repo.save_checkpoint(file, "second", *rest)
     assert repo.load_checkpoint(file, {})["log"] == "first"
+    with refused("made with seed = None"):
+        repo.load_checkpoint(file, {"seed": 0})
 
 
 @pytest.mark.slow
@@ -1460,8 +1461,7 @@ def test_what_cannot_work_ends_in_one_line_before_the_model_is_loaded(
 
 def test_a_model_that_cannot_work_ends_in_one_line(files):
     assert "context of 2048" in refusal(flags(files, max_new_tokens=2048))
-    small = saved(tiny_model(vocab=200), "small")
-    assert "200 embeddings" in refusal(flags(files, model=small))
+    assert "200 embeddings" in refusal(flags(files, model=saved(tiny_model(vocab=200), "small")))
     adapter = Path(saved(tiny_model()), "config.json").rename("saved/adapter_config.json").parent
     assert "saved' is no causal" in refusal(flags(files, model=adapter))
 
@@ -1542,10 +1542,9 @@ def test_what_star_no_push_and_the_true_ratio_change(scripted):
 def test_what_is_measured_is_never_trained_on():
     Path("codebooks 3/base").mkdir(parents=True)  # it draws a held-out problem once more
     codebooks, realms = run_tiny.codebooks(3, Path(), "cpu"), run_tiny.realms(0, "")
-    trained = codebooks.problems + realms.problems
     held_out = codebooks.held_out["hard"] + codebooks.held_out["general"]
     held_out += realms.held_out["general"] + realms.held_out["hard_rephrased"]
-    assert not any(problem in trained for problem in held_out)
+    assert not any(problem in codebooks.problems + realms.problems for problem in held_out)
 
 
 def test_worlds_are_drawn_from_their_seed():
