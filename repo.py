@@ -7,14 +7,14 @@ trains that text as if the policy had found it alone. One step is `train_step`, 
 
     1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
     2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
-                   to write it anew; drawn greedily (ours)
+                   to write it anew; drawn greedily (ours), and cleaned of meta text
     3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout
     4. Update      A_i = (R_i - mean R) / std R
                    r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
                    J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)     (Eq. 11)
                    o_rep stands under the plain q here, never under P(q,k): no hint is left
 
-With rewards of 0 and 1, ρ = 1 and one update a batch little of this is left: every ratio is 1, the
+With rewards of 0 and 1, ρ = 1 and one update a batch this becomes simple: every ratio is 1, the
 clip never acts, and in an injected group o_rep has the advantage (G-1)/√G and each failure -1/√G
 (G = 8: 2.47 and -0.35; by the unbiased std). A step on a hard question is supervised learning on
 one verified text of the policy's own, and a push away from G-1 failures. Its kin:
@@ -32,6 +32,7 @@ readers of the full text say (equation numbers too), `ours` our choice where we 
     python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --out out
 """
 
+import copy
 import functools
 import glob
 import json
@@ -42,13 +43,15 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field
+import warnings
+from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import torch
 from datasets import List, Value, load_dataset
+from torch.distributions import Categorical
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -95,7 +98,7 @@ class Config:
     )
     fail_threshold: float = setting(
         0.5,
-        "delta: a rollout of a lower reward (0 to 1) has failed [reported, ours; not reported]",
+        "delta, 0 to 1: a rollout with a reward below it has failed [reported, ours; not reported]",
     )
     gate_threshold: float = setting(
         1.0, "rho: share of failures that opens the gate [reported, ours; not reported]"
@@ -117,7 +120,7 @@ class Config:
     )
     question_prompt: str = setting(QUESTION_PROMPT, "q as a user's turn [ours, ours]")
     rephrase_prompt: str = setting(REPHRASE_PROMPT, "P(q,k) as a user's turn [paper, ours]")
-    seed: int = setting(0, "of the sampling and of the order of the questions [ours, ours]")
+    seed: int = setting(0, "of the sampling and of the batches [ours, ours]")
 
     def __post_init__(self):
         """Raises: RepoError for a value with which nothing could be learnt."""
@@ -167,8 +170,9 @@ class Completion:
 def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=None):
     """One step of RePO on `problems`, dicts of question, knowledge and answer. Trains in place.
 
-    `reference` is the π_ref of the KL term. Returns (metrics, the groups as trained, the guides:
-    the texts that were offered to open gates).
+    `reward_fn(text, answer)` gives a number; `reference` is the π_ref of the KL term. Returns
+    (metrics, the groups as trained, the guides: the texts that were offered to open gates, each an
+    o_rep, or with --guidance verbatim the expert's text).
     """
     model.eval()  # with dropout the trained policy would not be the one that was sampled
 
@@ -181,15 +185,15 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     guides = guidance(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
 
     # 3. Injection: o_rep takes the place of the worst rollout, in `group` itself.
-    for group, o_rep in zip(hard, guides):  # no guides with --guidance none
-        replace_worst(group, o_rep)
+    for group, guide in zip(hard, guides):  # no guides with --guidance none
+        replace_worst(group, guide)
 
     # 4. Update: group-relative advantages, then the clipped policy gradient under the plain q.
     assign_advantages(groups)
     updated = update(model, optimizer, groups, cfg, reference)
 
-    metrics = step_metrics(model, tokenizer, hard, groups, guides, cfg)
-    return {**metrics, **updated}, groups, guides
+    metrics = step_metrics(model, tokenizer, hard, groups, guides, cfg) | updated
+    return metrics, groups, guides
 
 
 # ------------------------------------------------------------------------------------ 1. rollout
@@ -213,8 +217,8 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
     """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
 
     `accuracy` asks for one greedy sample instead of G at T.
-    Raises: RepoError if most begin with thoughts. A rephrase has none, and would teach to leave
-    them out (ours).
+    Raises: RepoError if most begin with thoughts. A rephrase has none, and training on it would
+    teach the model to skip them (ours).
     """
     template = cfg.question_prompt
     groups = complete(model, tokenizer, template, problems, num_samples, temperature, cfg)
@@ -270,13 +274,14 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     """
     inputs = pad(prompts, "left", model.device)  # [B, P]
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # of the real tokens: 0, 1, 2, ...
+    positions = mask.cumsum(1) - mask  # of a real token: as many as stand before it
     cache = None
-    completions = [([], []) for _ in range(len(prompts) * num_samples)]  # token ids, log π
+    kept = [n for n in range(len(prompts)) for _ in range(num_samples)]  # 0 0 0 1 1 1 ...
+    completions = [([], []) for _ in kept]  # token ids, log π
     rows = completions  # those that are still being written
 
-    with autocast(model):
-        for t in range(max_new_tokens):
+    with autocast():
+        for _ in range(max_new_tokens):
             output = model(
                 inputs,
                 attention_mask=mask,
@@ -292,30 +297,26 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                     f"{type(model).__name__} keeps no cache whose rows can be rearranged; use "
                     "another model, and the transformers of requirements.txt"
                 )
-            if t == 0:  # each prompt has been read once; now one copy of it for each sample
-                copies = torch.arange(len(prompts), device=model.device)
-                copies = copies.repeat_interleave(num_samples)  # 0 0 0 1 1 1 ...
-                cache.reorder_cache(copies)  # selects rows, one also several times
-                logits, mask = logits[copies], mask[copies]
+            # Each prompt has been read once: now a copy for each sample. Later finished rows leave.
+            if len(kept) != len(mask):
+                index = torch.tensor(kept, device=model.device)
+                cache.reorder_cache(index)  # selects rows, one also several times
+                logits, mask = logits[index], mask[index]
 
-            policy = (logits / (temperature or 1.0)).log_softmax(-1)  # [rows, V]
-            drawn = policy.exp().multinomial(1) if temperature else policy.argmax(-1, keepdim=True)
-            drawn_logp = policy.gather(1, drawn)  # [rows, 1]
-            for (ids, logps), [token], [logp] in zip(rows, drawn.tolist(), drawn_logp.tolist()):
+            policy = Categorical(logits=logits / (temperature or 1.0), validate_args=False)
+            drawn = policy.sample() if temperature else policy.mode  # [rows]
+            drawn_logps = policy.log_prob(drawn)  # [rows]
+            for (ids, logps), token, logp in zip(rows, drawn.tolist(), drawn_logps.tolist()):
                 ids.append(token)
                 logps.append(logp)
 
-            unfinished = [n for n, (ids, _) in enumerate(rows) if ids[-1] not in ends]
-            if not unfinished:
+            kept = [n for n, (ids, _) in enumerate(rows) if ids[-1] not in ends]
+            rows = [rows[n] for n in kept]
+            if not rows:
                 break
-            if len(unfinished) < len(rows):
-                rows = [rows[n] for n in unfinished]
-                kept = torch.tensor(unfinished, device=model.device)
-                cache.reorder_cache(kept)
-                drawn, mask = drawn[kept], mask[kept]
-            inputs = drawn
-            positions = mask.sum(1, keepdim=True)  # of the drawn token: as many stand before it
-            mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
+            inputs = drawn[:, None]  # [rows, 1]
+            positions = mask.sum(1, keepdim=True)
+            mask = torch.hstack([mask, torch.ones_like(inputs)])
     return completions
 
 
@@ -394,15 +395,14 @@ def pad(rows, side, device):
     return pad_sequence(tensors, batch_first=True, padding_side=side)
 
 
-def autocast(model):
+def autocast():
     """On CUDA bf16 matrix products, and so bf16 logits, over fp32 weights; elsewhere fp32.
 
     In bf16 weights a step of 1e-6 would vanish. The softmax is always taken in fp32. Cards that
     only emulate bf16 (T4, V100) are quicker in fp32.
     """
-    device = model.device.type
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device, torch.bfloat16, enabled=bf16)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", torch.bfloat16, enabled=bf16)  # leaves a model on the CPU alone
 
 
 # ----------------------------------------------------------------------------------- 2. rephrase
@@ -425,15 +425,14 @@ def rephrase(model, tokenizer, problems, cfg):
     """o_rep ~ π_old(·|P(q,k)) for each problem (Eq. 5), cleaned, as a completion of the plain q.
 
     Drawn at a temperature of its own, by default greedily (ours): at T = 1 a small model loses its
-    way in the steps that it was shown. The draft's end token closes it; a truncated draft has none,
-    and so its o_rep has none.
+    way in the steps that it was shown. It ends with the draft's end token, if the draft has one.
     """
     template, temperature = cfg.rephrase_prompt, cfg.rephrase_temperature
     rephrases = []
     for [draft] in complete(model, tokenizer, template, problems, 1, temperature, cfg):
         end = [] if draft.truncated else draft.tokens[-1:]
         o_rep = as_completion(tokenizer, draft.problem, clean_rephrase(draft.text), end, cfg)
-        o_rep.draft, o_rep.truncated = draft.text, draft.truncated
+        o_rep.draft = draft.text
         rephrases.append(o_rep)
     return rephrases
 
@@ -448,26 +447,32 @@ def as_completion(tokenizer, problem, text, end, cfg):
     """A text from elsewhere as a completion of the plain question, never of P(q,k) (Eq. 11).
 
     It is encoded as what follows a prompt: no BOS, nothing in it becomes a control token, and the
-    ids in `end` close it. One rule for all: encoded anew even where cleaning changed nothing.
+    ids in `end` close it; without them it is truncated. One rule for all: encoded anew even where
+    cleaning changed nothing.
     """
     prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problem))
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return Completion(problem, prompt, ids + end, text)
+    return Completion(problem, prompt, ids + end, text, truncated=not end)
 
 
 def clean_rephrase(text):
     """The draft without what betrays that it is a rephrase, to read as a direct answer to q.
 
-    Thoughts go. Of the pieces between control tokens spelled as text the first that is not blank
-    stays. At both ends sentences go that speak of the source or only chat. If what stays still
-    speaks of its source, it is refused: nothing stays, as a cut in the middle would leave a hole,
-    and train it. To delete such text is the paper's; to refuse, and the patterns, some usual
-    English wordings, are ours.
+    1. Thoughts go. 2. Of the pieces between control tokens spelled as text the first that is not
+    blank stays. 3. At both ends sentences go that only chat, or speak of the source and hold no
+    number. 4. If what stays still speaks of its source, it is refused: nothing stays, as another
+    cut would leave a hole, and train it.
+    To delete such text is reported; to refuse, and the patterns, some usual English wordings, are
+    ours.
     """
     text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
     text = next(filter(str.strip, OUTSIDE.split(text)), "")
     sentences = SENTENCE.findall(text)
-    kept = [n for n, s in enumerate(sentences) if not SOURCE.search(s) and not CHATTER.search(s)]
+    kept = [
+        n
+        for n, s in enumerate(sentences)
+        if not CHATTER.search(s) and (FACT.search(s) or not SOURCE.search(s))
+    ]
     answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
     return "" if SOURCE.search(answer) else answer.strip()
 
@@ -481,26 +486,31 @@ SENTENCE = re.compile(  # with the "2." or "Note:" before it
 )
 SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
 SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it anew
-    r"(?i)\b(?:my|your) own words\b|\bsolve (?:it|the problem) anew\b"
+    r"(?i)\b(?:my|our|your) own words\b|\bsolve (?:it|the problem) anew\b"
     r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b"
     r"(?! (?:the|this) (?:problem|question|condition|equation|expression|statement)| as)"
     rf"|\b(?:rewritten|reference|provided|expert(?:['’]s)?) (?:\w+ )?(?:version|{SOLUTION})"
     # "the reference says so" speaks of it, "the reference point" does not
     r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
-    r"|\b(?:my|our|your) notes\b|\b(?:according to|based on|follow\w*) the notes\b"
-    r"|\bthe notes (?:above|given|provided|say|show|state)\b|\b(?:from|in) the notes,"
+    r"|\b(?:my|our|your|these|above|given|provided) notes\b"
+    r"|\b(?:based on|follow\w*|from|in|per|through|(?:according|refer\w*) to|understand\w*|us\w+)"
+    r" the notes\b(?! (?:in|of|on)\b)"
+    r"|\bthe notes (?:above|(?:giv|explain|indicat|mention|provid|sa[iy]|show|stat|sugg|tell)\w*)"
+    r"|\byou(?:['’]ve| have)? (?:explained|mentioned|noted|provided|stated)\b"
     rf"|\b{SOLUTION} (?:you gave|says|states|explains)\b"
     rf"|\b{SOLUTION} (?:above|given|provided)(?= *[,.;:)]| \w+s\b|$)"
-    r"|(?:according to|match\w*|agree\w* with|consistent with|follow\w*|as (?:in|shown in)) the"
-    rf" (?:above|correct|given|model|original|sample) {SOLUTION}"
+    r"|(?:according to|(?:as )?per|based on|match\w*|agree\w* with|consistent with|follow\w*"
+    rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
+FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # a step or a result, but no heading before a colon
 CHATTER = re.compile(  # of no matter in the middle, but no beginning or end of an answer
     r"(?i)^(?:[^\w\\$`|()\[\]{}]|_)*$"
     r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
     r"|^\W*(?:\w[\w ]*[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
     rf"(?:version|{SOLUTION})[^=\\\d]*$"
-    r"|\bI hope (?:it|that|this) (?:\w+ )?(?:clarifies|helps|is clear)|\blet me know (?:how|if)\b"
-    r"|\bfeel free to\b|\bif you have any\b"
+    r"|\bhope (?:it|that|this) (?:\w+ )?(?:answers|clarifies|helps|is clear)"
+    r"|\blet me know (?:how|if)\b|\bfeel free to\b|\bwould you like\b|\banything else I can\b"
+    r"|\bif you (?:have any|need) (?:\w+ ){0,2}(?:help|questions)"
 )
 
 
@@ -515,13 +525,13 @@ def gate_opens(group, cfg):
 def replace_worst(group, guide):
     """Puts the guide, o_rep, in the place of the group's lowest reward (reported).
 
-    The first among equals, and only if the guide's own reward is higher (both ours). With rewards
+    Ties go to the first, and only a guide of a higher reward goes in (both ours). With rewards
     of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would join a group of zeros,
     which has no advantages. With graded rewards a worse guide would make the failures look good.
     An empty text, which is what a refused draft leaves, stays out whatever its reward.
     """
     worst = min(range(len(group)), key=lambda n: group[n].reward)
-    if guide.text != "" and guide.reward > group[worst].reward:
+    if guide.text and guide.reward > group[worst].reward:
         guide.replaced = group[worst]
         group[worst] = guide
 
@@ -550,7 +560,7 @@ def group_advantages(rewards):
 
 @timed
 def update(model, optimizer, groups, cfg, reference=None):
-    """Step 4 ends: `updates_per_batch` optimizer steps up J (Eq. 11). Returns metrics.
+    """Step 4 ends: `updates_per_batch` optimizer steps that raise J (Eq. 11). Returns metrics.
 
     With one update the ratio is exactly 1, as its denominator is read off the same pass; the clip
     never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
@@ -574,8 +584,8 @@ def update(model, optimizer, groups, cfg, reference=None):
             loss = 0.0
             for n, (o, logps) in enumerate(zip(batch, policy)):
                 # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
-                # (Eq. 11). It is read off the first pass (ours): that costs nothing, and no other
-                # code path can disturb the ratio.
+                # (Eq. 11). It is read off the first pass, before any weight moves (ours): that
+                # costs nothing, and no other code path can disturb the ratio.
                 o.old_logps = o.old_logps or logps.tolist()
                 old_logps = logps.new_tensor(o.old_logps)
                 weight = 1 / (count * len(o.tokens))  # 1/(B G) 1/|o_i|
@@ -593,7 +603,7 @@ def update(model, optimizer, groups, cfg, reference=None):
         )
         norms.append(norm.item())
         optimizer.step()
-    optimizer.zero_grad()  # sampling can use their memory
+    optimizer.zero_grad()  # frees the memory of the gradients for sampling
     return {
         "kl": sum(kls) / cfg.updates_per_batch if kls else None,  # each is weighed already
         "grad_norm": mean(norms),  # before it is scaled down
@@ -619,7 +629,7 @@ def token_logps(model, completions, temperature):
     targets = ids[:, first:]  # [B, L - first]
     is_completion = pad(masks, "right", model.device)[:, first:].bool()  # [B, L - first]
     needed = targets.shape[1]
-    with autocast(model):
+    with autocast():
         output = model(ids[:, :-1], use_cache=False, logits_to_keep=needed)
     logits = output.logits[:, -needed:]  # [B, L - first, V]; some models keep all places
     logits = logits[is_completion].float() / temperature  # [Σ|o_i|, V]
@@ -711,8 +721,8 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
 
     `hard` are the groups whose gate opened. Rollouts are taken as they were sampled, before any was
     replaced. Each `logp/` is a mean per token under the plain q, in nats, where gates opened: of
-    the experts' texts (after the update), of the rephrases let in (which may be fewer), of the
-    policy's rollouts.
+    the experts' texts (after the update), of the rephrases trained (others have no old_logps), of
+    the policy's rollouts.
     """
     sampled = [as_sampled(group) for group in groups]
     own = [o for group in sampled for o in group]
@@ -771,32 +781,38 @@ NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"; no longer tha
     r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
 )
 UNIT = (  # a final \text{cm}^2 behind a digit, but no word that scales the number or goes on
-    r"(?<=[0-9])\\text\{(?![^{}]*\b(?:[BEGIKMTXYZeiknxyz]|(?i:pi|and|or|to|not|no|is|at|than"
-    r"|bn|mn|mil|mio|grand|kilo|mega|giga|\w*illion\w*|thousand\w*|hundred\w*|lakhs?|crores?"
-    r"|dozens?|scores?|gross|tens?|pairs?|couples?|times|twice|fold|doubled?|tripled?|squared"
+    r"(?<=[0-9])(?<!_.)\\text\{(?![^{}]*\b(?:[^\WACFJLNVWghlms]|(?i:pi|and|or|to|not|no|is|at"
+    r"|than|bn|mn|mil|mio|grand|kilo|mega|giga|\w*illion\w*|thousand\w*|hundred\w*|lakhs?|crores?"
+    r"|doz|dozens?|scores?|gross|tens?|pairs?|couples?|times|twice|fold|doubled?|tripled?|squared"
     r"|cubed|factorial|base|mod|point|percent\w*|cent|pct|pp|ppm|basis|bps|half|halves|thirds?"
     r"|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th"
     r"))\b)[a-zA-Z][a-zA-Z ./²³-]*(?<! )\}(?:\^[23])?$"
 )
-LABEL = rf"^(?:[a-zA-Z]\(\w\)|\\?(?!not=)[a-zA-Z]\w*)=(?!.*=)|{UNIT}"  # x=, f(x)= or a unit
+NAME = r"[a-zA-Z]\(\w\)|\([a-zA-Z](?:, ?[a-zA-Z])+\)|\\?(?!(?i:not)=)[a-zA-Z]\w*"
+LABEL = rf"^(?:{NAME})(?:=(?!.*=)|\\in(?=[\[(\\]))|{UNIT}"  # x=, f(x)=, (x,y)=, x\in or a unit
 REWRITES = {  # pattern: replacement, one after the other, each on what the ones before it left
-    "−": "-",
+    "[−–]": "-",
     r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})": ",",  # 1{,}000 and 1\,000
-    r"\\displaystyle(?![a-zA-Z])|\\(?:left|right)(?![a-z])\.?|(?<!\\)\\[,;:!$% ]|[$~]": " ",
+    r"\\(?:displaystyle|q?quad|[bB]igg?[lr]?)(?![a-zA-Z])|\\(?:left|right)(?![a-z])\.?": " ",
+    r"(?<!\\)\\[,;:!$% ]|[$~]": " ",
     r"[%°]|\^ ?\\circ|\^ ?\{\\circ\}|\\degree": " ",
     r"\s+": " ",
     r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.]) ?": r"\1",  # blanks around signs, and in \pm 3
+    r"(?<![\w)}])\+(?=\\infty)": "",
     r"\.$": "",
     r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$": r"\1",  # {{42}}
     r"\{bmatrix\}": "{pmatrix}",
-    r"(\\[gln]e)q(?![a-zA-Z])": r"\1",  # \leq is \le
-    r"\\(?:mathrm|mbox|textbf)(?=\{)": r"\\text",
+    r"(\\[gln]e)q(?:slant)?(?![a-zA-Z])": r"\1",  # \leq is \le
+    r"\\(?:mathrm|mbox|text(?:bf|it|rm))(?=\{)": r"\\text",
     r"([\^_])\{([0-9a-zA-Z])\}(?![0-9])": r"\1\2",  # x^{2}, but not x^{12}: x^12 is x^1 2
     r"\\[dt]frac": r"\\frac",
     r"\\(frac|sqrt)(?![a-zA-Z]) ?(\w)": r"\\\1{\2}",  # \sqrt34 is \sqrt{3}4
     r"(\\frac\{[^{}]*\}) ?(\w)": r"\1{\2}",  # \frac{3}4
     r"(?<![^=])([+-]?)\\frac\{(-?[\w.\\]+)\}\{([0-9]+|[a-z]|\\[a-z]+)\}(?=\\text\{|$)": r"\1\2/\3",
-    rf"(?!{UNIT})\\(?:text|mathbf)\{{([^{{}}]*)\}}": r" \1 ",
+    rf"(?!{UNIT})\\(?:text|mathbf|boldsymbol)\{{([^{{}}]*)\}}": r" \1 ",
+    " +": " ",
+    r" ?([^\w ,.}]) ?": r"\1",  # \text{CO}_2
+    r"(?<=[0-9]) (?=[a-zA-Z](?![a-zA-Z]))": "",  # 2 x is 2x
     r"^\(?([A-J])[.)]*$": r"\1",  # a choice: (B), B) or B.
 }
 
@@ -825,13 +841,15 @@ def normalise(answer):
     if re.fullmatch(NUMBER, answer):
         return Fraction(answer.replace(",", "")), labels
     answer = re.sub(" ?, ?", ",", answer)
-    return answer.casefold() if re.fullmatch("[a-zA-Z ]{2,}", answer) else answer, labels
+    is_word = re.fullmatch("(?i:no)|(?!.*[a-z][A-Z])[a-zA-Z ]{3,}", answer)  # not CO, AaBb
+    return answer.casefold() if is_word else answer, labels
 
 
 def boxed_reward(completion, answer):
     r"""1.0 if the last `\boxed{...}` is the answer, else 0.0, for any string, in linear time.
 
     One side may have labels that the other lacks: x=3 is 3, and 3 cm is 3, but 3 cm is not 3 m.
+    The signs of percent and degrees do not count.
     When in doubt 0.0: a false "right" teaches a mistake, a false "wrong" only misses a chance.
     """
     box, labels = normalise(last_boxed(completion))
@@ -844,7 +862,7 @@ def boxed_reward(completion, answer):
 
 @dataclass(frozen=True)
 class Run:
-    """What to train on what, and where to."""
+    """Model, data and output."""
 
     model: str = setting(MISSING, "hub name or folder of a causal language model")
     dataset: str = setting(MISSING, "hub name, or a .json, .jsonl, .csv or .parquet file")
@@ -862,15 +880,24 @@ class Run:
 
 
 def load_model(name, device):
-    """(model with fp32 weights, tokenizer), by the library's defaults: no remote code is run.
+    """(model with fp32 weights, tokenizer); no code of the checkpoint is run.
 
-    Raises: RepoError if they cannot be loaded or do not belong together.
+    Raises: RepoError if they cannot be loaded, are not whole or do not belong together.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="float32",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # an adapter without its base, a name that the hub does not know ...
-        raise RepoError(f"{name!r} is no causal language model to load: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise RepoError(f"{name!r} is no causal language model to load: {reason}") from error
+    if found["missing_keys"]:  # they would be random
+        raise RepoError(f"{name!r} lacks the weights {sorted(found['missing_keys'])}")
     rows = model.get_input_embeddings().num_embeddings
     if max(tokenizer.get_vocab().values()) >= rows:
         raise RepoError(f"{name!r} has a tokenizer of more tokens than its {rows} embeddings")
@@ -879,7 +906,7 @@ def load_model(name, device):
     return model.to(device), tokenizer
 
 
-PLAIN_TYPES = r"(large_)?string|u?int\d+|null"  # read as they are written
+PLAIN_TYPES = r"(large_)?string(_view)?|u?int\d+|null"  # read as they are written
 
 
 def in_box(text):
@@ -918,11 +945,20 @@ def load_problems(run, split):
     columns = [run.question_column, run.knowledge_column, run.answer_column]
     readers = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub
+    if reader is None and Path(run.dataset).is_file():
+        raise RepoError(f"{run.dataset!r} must end in one of {list(readers)}")
     options = {"data_files": glob.escape(run.dataset)} if reader else {}
+    if reader == "json":
+        options["chunksize"] = -1  # the whole file: the types of its first part are not for all
     if reader == "csv":  # cells as they are written (007, NA), none the name of a row
         options |= dict(
-            converters=dict.fromkeys(columns, str), na_filter=False, index_col=False, chunksize=None
+            converters=dict.fromkeys(columns, str),
+            keep_default_na=False,
+            na_values=[""],
+            index_col=False,
+            chunksize=None,
         )
+        warnings.filterwarnings("error", "Length of header")  # else a long row would be shifted
     try:
         data = load_dataset(reader or run.dataset, run.subset, split=split, **options)
         data = data.flatten().select_columns(columns)  # one may serve twice
@@ -934,7 +970,7 @@ def load_problems(run, split):
         ) from error
     for column, kind in data.features.items():
         if isinstance(kind, List) and isinstance(kind.feature, dict):  # the turns of a chat
-            kind = kind.feature.get("content")
+            kind = kind.feature.get("content", kind)
         if not isinstance(kind, Value) or not re.fullmatch(PLAIN_TYPES, kind.dtype):
             raise RepoError(
                 f"column {column!r} holds {kind}; write text (a CSV file's dates are text)"
@@ -1024,12 +1060,16 @@ def train(run, cfg):
         out.mkdir(parents=True, exist_ok=True)
         metrics_file.touch()
         torch.empty(0, device=run.device)
-    except (OSError, RuntimeError, AssertionError) as error:
-        raise RepoError(f"--out or --device cannot be used: {error}") from error
+    except Exception as error:  # whatever a file system or a device raises
+        reason = str(error).partition("\n")[0]
+        raise RepoError(f"--out or --device cannot be used: {reason}") from error
     if not run.resume and (checkpoint.exists() or metrics_file.read_text()):
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
-    settings = {**asdict(run), **asdict(cfg)}
+    settings = vars(run) | vars(cfg)
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
+    done = state["log"]["metrics.jsonl"].count("\n") if state else 0
+    if run.steps < max(done, 1):
+        raise RepoError(f"--steps is {run.steps}; {done} are done, and at least 1 must be")
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
     if cfg.guidance == "verbatim" and not any(
@@ -1038,7 +1078,7 @@ def train(run, cfg):
         raise RepoError("the reward takes no expert's text: none ends in \\boxed{the answer}")
 
     model, tokenizer = load_model(run.model, run.device)
-    reference = load_model(run.model, run.device)[0] if cfg.kl_beta else None
+    reference = copy.deepcopy(model) if cfg.kl_beta else None
     # By P(q,k) also where no guidance is used: all train on the same problems.
     problems = fitting(problems, [cfg.question_prompt, cfg.rephrase_prompt], model, tokenizer, cfg)
     held_out = fitting(held_out, [cfg.question_prompt], model, tokenizer, cfg)
@@ -1046,15 +1086,14 @@ def train(run, cfg):
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
     )
-    log = {"metrics.jsonl": [], "episodes.jsonl": []}  # the lines of both files
+    log = {"metrics.jsonl": "", "episodes.jsonl": ""}  # what the two files hold
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         log = state["log"]
-    for name, lines in log.items():
-        (out / name).write_text("".join(lines))  # a killed run may be past its checkpoint
+    for name, text in log.items():
+        (out / name).write_text(text)  # a killed run may be past its checkpoint
 
-    done = len(log["metrics.jsonl"])
     bar = tqdm(range(done, run.steps), initial=done, total=run.steps, disable=None)
     for step in bar:
         # Batch and samples depend on seed and step alone, so a resumed run needs no random state
@@ -1068,9 +1107,10 @@ def train(run, cfg):
         if guides:
             records["episodes.jsonl"] = episode(groups, guides)
         for name, record in records.items():
-            log[name].append(json.dumps({"step": step, **record}) + "\n")
+            line = json.dumps({"step": step, **record}) + "\n"
+            log[name] += line
             with (out / name).open("a") as file:
-                file.write(log[name][-1])
+                file.write(line)
         shown = {"reward": metrics["reward"], "injections": metrics["injections"]}
         bar.set_postfix(shown)
         if bar.disable:  # the output is no terminal

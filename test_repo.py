@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-import timeit
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
 
@@ -72,7 +70,7 @@ def byte_tokenizer(template=CHAT, eos="<|im_end|>", frame="$A"):
     core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    specials = ["<|im_start|>", "<|im_end|>", "<|eos|>", "<|bos|>"]
+    specials = "<|im_start|> <|im_end|> <|eos|> <|bos|>".split()
     core.add_special_tokens(specials)
     core.post_processor = processors.TemplateProcessing(
         single=frame, special_tokens=[(token, core.token_to_id(token)) for token in specials]
@@ -362,7 +360,7 @@ def test_text_that_looks_like_a_control_token_stays_text(template):
     guide = repo.as_completion(tokenizer, dict(question=text), text, [], CFG)
     assert text in tokenizer.decode(guide.prompt)
     assert tokenizer.decode(guide.tokens) == text
-    for special in tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<|bos|>"]):
+    for special in tokenizer.convert_tokens_to_ids("<|im_end|> <|im_start|> <|bos|>".split()):
         assert guide.prompt.count(special) == encode_prompt(tokenizer, "").count(special)
         assert special not in guide.tokens
 
@@ -531,7 +529,7 @@ def test_a_card_that_only_emulates_bf16_computes_in_fp32(monkeypatch):
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
-    assert not repo.autocast(SimpleNamespace(device=torch.device("cuda")))
+    assert not repo.autocast()
 
 
 # ------------------------------------------------------------ advantages, log-probabilities, loss
@@ -607,9 +605,8 @@ def test_the_first_update_is_reinforce_for_every_micro_batch_size(micro_batch_to
 
 
 def test_micro_batches_keep_to_their_size_and_the_longest_come_first():
-    lengths = []
-    for batch in repo.micro_batches(sum(random_groups(), []), 50):
-        lengths.append([len(o.prompt + o.tokens) for o in batch])
+    batches = repo.micro_batches(sum(random_groups(), []), 50)
+    lengths = [[len(o.prompt + o.tokens) for o in batch] for batch in batches]
     assert all(len(batch) * max(batch) <= 50 for batch in lengths)
     assert max(lengths[0]) == max(map(max, lengths))
 
@@ -764,7 +761,7 @@ def test_a_rephrase_that_is_wrong_or_refused_stays_out_and_a_truncated_one_has_n
     assert metrics["rephrase/clipped_ratio"] == ("<|im_end|>" not in draft)
     if injections == "0":
         assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] is None
-        assert all(o.text == "no idea" for group in groups for o in group)
+        assert {o.text for group in groups for o in group} == {"no idea"}
 
 
 def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
@@ -1045,6 +1042,29 @@ x^{2}y | x^2y | right
 (12,3) | 123 | wrong
 \frac{12}3 | 4 | right
 \boxed{$~$} |  | wrong
+2 x+1 | 2x+1 | right
+x^2 y^3 | x^2y^3 | right
+(3,+\infty) | (3,\infty) | right
+3+\infty | 3\infty | wrong
+x\in[1,2] | [1,2] | right
+x\in[1,2] | y\in[1,2] | wrong
+(x,y)=(1,2) | (1, 2) | right
+(3)=5 | 5 | wrong
+\text{Area}=5 | 5 | right
+\text{NOT}=5 | 5 | wrong
+\text{Na}^+ | Na^+ | right
+1,\quad 2 | 1, 2 | right
+\big(1,2\big) | (1,2) | right
+x\leqslant3 | x\le 3 | right
+\textit{Paris} | Paris | right
+–5 | -5 | right
+\text{H}_2\text{O} | \text{H}_2 | wrong
+2\text{a} | 2 | wrong
+3\mathrm{P} | 3 | wrong
+3\text{ doz} | 3 | wrong
+AaBb | AABB | wrong
+CO | Co | wrong
+NO | no | right
 """
 
 
@@ -1078,7 +1098,9 @@ def test_a_million_characters_of_any_piece_take_linear_time(piece):
 
     def seconds(function, length):
         text = (piece * length)[:length]
-        return timeit.timeit(lambda: function(text), number=1)
+        start = time.process_time()
+        function(text)
+        return time.process_time() - start
 
     for function in (
         lambda text: boxed_reward(text, "1"),
@@ -1119,7 +1141,7 @@ Let me rephrase the problem: find n. In other words, find n.
 The answer key opens the lock.
 The notes C and E follow. Two bank notes make 7. We take 4 from the notes in it.
 I hope to reach 60 km/h. I hope that the train is on time.
-If you have 3 questions and guess, 1/8. The company starts anew.
+If you have 3 questions and guess, 1/8. If you have any doubt, stop. The company starts anew.
 Note: x must be positive. Then x = 2.
 The given answer choices are 3 and 4. The answer is 3.
 The answer given by 2+3 is 5. So \boxed{5}.
@@ -1144,12 +1166,19 @@ Got it! Below is the solution.⏎⏎---⏎ {}
 As the reference solution shows, we add. {}
 According to the notes, we add. {}
 The reference is right. As the reference solution shows, we add.⏎{}
-The expert's answer is 7.⏎{}
+The expert's answer is right.⏎{}
 {} I hope this helps! 😊
+{} Hope that answers it.
+{} Is there anything else I can do?
+{} Would you like me to explain more?
+{} If you need more help, just ask!
+{} From your explanation, as you noted, it is so.
+In our own words:⏎{}
+**Understanding the Notes:**⏎{}
 {}⏎⏎Let me know if you have any questions.
 {} This matches the reference solution.
 {}⏎⏎This is consistent with the given solution.
-{} By the provided solution, \boxed{7}.
+{} So says the provided solution.
 {} The answer agrees with the one in the reference.
 {}⏎⏎Note: I rephrased the solution in my own words.
 {}⏎⏎---⏎*(The expert's answer is the same.)*
@@ -1177,6 +1206,19 @@ We add 3. The solution provided shows 4. So \boxed{7}.
 We add 3. From your notes we add 4. So \boxed{7}.
 We add 3. From the notes, we add 4. So \boxed{7}.
 We add 3. The notes say that we add 4. So \boxed{7}.
+We add 3. As per the notes, we add 4. So \boxed{7}.
+We add 3. From the notes we know 4. So \boxed{7}.
+We add 3. Using the notes, we add 4. So \boxed{7}.
+We add 3. The notes explain that we add 4. So \boxed{7}.
+We add 3. These notes mention 4. So \boxed{7}.
+We add 3. As you noted, we add 4. So \boxed{7}.
+We add 3. Based on the provided notes: we add 4. So \boxed{7}.
+We add 3. The notes indicate that we add 4. So \boxed{7}.
+We add 3. Based on the given solution, we add 4. So \boxed{7}.
+Based on my notes, Tom has 3 * 4 = 12 eggs and sells 5. So \boxed{7}.
+According to the notes, she sold 24. So \boxed{24}.
+The expert's answer is 7.⏎We add 3 and 4. So \boxed{7}.
+We add 3 and 4. By the provided solution, \boxed{7}.
 We add 3. Now I rephrase the next step. So \boxed{7}.
 We get 1. This matches the reference.⏎So it is \boxed{7.5}.
 Now by the provided solution it is \boxed{7}.
@@ -1205,7 +1247,8 @@ def test_cleaning_refuses_an_answer_that_speaks_of_its_source(text):
 
 def answers(path, values, **columns):
     """What is read of a file with these answers."""
-    written(path, [dict(q="q", k="k", a=value) for value in values])
+    knowledge = "k" * 6_000_000 if "big" in path else "k"
+    written(path, [dict(q="q", k=knowledge, a=value) for value in values])
     return [problem["answer"] for problem in read(path, **columns)]
 
 
@@ -1232,6 +1275,7 @@ d.parquet | [9007199254740993, null, 0] | 9007199254740993 0
 d.csv | ["42", "", "7"] | 42 7
 d.csv | ["2024-01-05", "2024-01-06"] | 2024-01-05 2024-01-06
 d.jsonl | ["4", "\\boxed{5}", "#### 6"] | 4 5 6
+big.jsonl | ["x", "y", "2024-01-05"] | x y 2024-01-05
 d.jsonl | ["2024-01-05", "2024-01-06"] | timestamp.*CSV
 d.jsonl | [0.5, 1] | float64
 d.parquet | [42.0, null] | float64
@@ -1239,6 +1283,7 @@ d.json | [true, false] | bool
 d.parquet | [["4"], ["5"]] | List
 d.jsonl | ["007", 3, "[1, 2]"] | Json
 d.jsonl | [[{"role": "user", "content": [{"text": "4"}]}]] | List
+d.jsonl | [[{"from": "human", "value": "4"}]] | from
 d.jsonl | [{"ground_truth": "4"}] | a.ground_truth
 d.jsonl | [""] | no usable record
 """),
@@ -1297,16 +1342,8 @@ def test_only_a_text_that_ends_in_its_mark_is_in_the_notation_of_gsm8k(text, kno
 
 
 def test_records_without_an_answer_are_left_out_and_counted(capsys):
-    texts = [
-        "no mark",
-        "so\n#### 4",
-        "####  ",
-        "#### Step\nso",
-        "so\n##### x",
-        None,
-        "so \\boxed{7}",
-    ]
-    assert answers("d.jsonl", texts, k="a") == ["4", "7"]
+    marks = "no mark|so\n#### 4|####  |#### Step\nso|so\n##### x||so \\boxed{7}"
+    assert answers("d.jsonl", marks.split("|"), k="a") == ["4", "7"]
     assert "2 of 7 records" in capsys.readouterr().out
     assert len(read("d.jsonl", "train[3:]", k="a")) == 1
 
@@ -1320,6 +1357,7 @@ d.jsonl | train[:0] | {"q": 1, "k": 1, "a": 1}
 d.jsonl | train | {"q":⏎
 d.csv | train | q;k;a⏎q;k;1⏎
 d.csv | train | q,k,a⏎q,k,1⏎q,so,x,1⏎
+d.csv | train | q,k,a⏎1,000,so,1001⏎q,so,5⏎
 none.csv | train | q,k,a⏎q,k,1⏎
 """),
 )
@@ -1351,7 +1389,7 @@ def test_overlong_problems_are_left_out_and_counted(capsys):
 
 def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
     repo.main(flags(files, eval_split="train[:3]", device=DEVICE))
-    assert [row["step"] for row in lines()] == [0, 1, 2, 3]
+    assert [row["step"] for row in lines()] == list(range(4))
     summary = json.loads(Path("out/summary.json").read_text())
     assert set(summary) == {"accuracy_before", "accuracy_after"}
     shown = capsys.readouterr()
@@ -1445,6 +1483,8 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
 --knowledge-column=question --answer-column=question | no usable rec
 --guidance=verbatim --knowledge-column=question | takes no expert's text
 --eval-split=test | no readable
+--dataset=file | must end in one of
+--steps=0 | --steps is 0
 --out=file | --out
 --out=file/below | --out
 --device=cuda:77 | --device
@@ -1461,7 +1501,8 @@ def test_what_cannot_work_ends_in_one_line_before_the_model_is_loaded(
 
 def test_a_model_that_cannot_work_ends_in_one_line(files):
     assert "context of 2048" in refusal(flags(files, max_new_tokens=2048))
-    assert "200 embeddings" in refusal(flags(files, model=saved(tiny_model(vocab=200), "small")))
+    assert "200 embeddings" in refusal(flags(files, model=saved(tiny_model(vocab=200))))
+    assert "lacks the weights ['lm_head" in refusal(flags(files, model=saved(tiny_model().model)))
     adapter = Path(saved(tiny_model()), "config.json").rename("saved/adapter_config.json").parent
     assert "saved' is no causal" in refusal(flags(files, model=adapter))
 
@@ -1585,7 +1626,7 @@ def test_a_comparison_is_shown_and_goes_on_where_it_stood(capsys):
     assert [repo_lines, verbatim_lines] == [*map(lines, folders)]
     run_tiny.main(["--show", "out"])
     shown = capsys.readouterr().out
-    assert all(f"\n{key} " in shown for key in ("hard", "injections", "reward", "logp/expert"))
+    assert all(f"\n{key} " in shown for key in "hard injections reward logp/expert".split())
 
 
 def test_one_step_is_explained(world, capsys):
