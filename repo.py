@@ -315,7 +315,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
             if not rows:
                 break
             inputs = drawn[:, None]  # [rows, 1]
-            positions = mask.sum(1, keepdim=True)
+            positions = mask.sum(1, keepdim=True)  # of the drawn token
             mask = torch.hstack([mask, torch.ones_like(inputs)])
     return completions
 
@@ -798,7 +798,7 @@ REWRITES = {  # pattern: replacement, one after the other, each on what the ones
     r"[%°]|\^ ?\\circ|\^ ?\{\\circ\}|\\degree": " ",
     r"\s+": " ",
     r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.]) ?": r"\1",  # blanks around signs, and in \pm 3
-    r"(?<![\w)}])\+(?=\\infty)": "",
+    r"(?<![\w)}])\+(?=\\infty)": "",  # (3,+\infty)
     r"\.$": "",
     r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$": r"\1",  # {{42}}
     r"\{bmatrix\}": "{pmatrix}",
@@ -811,7 +811,7 @@ REWRITES = {  # pattern: replacement, one after the other, each on what the ones
     r"(?<![^=])([+-]?)\\frac\{(-?[\w.\\]+)\}\{([0-9]+|[a-z]|\\[a-z]+)\}(?=\\text\{|$)": r"\1\2/\3",
     rf"(?!{UNIT})\\(?:text|mathbf|boldsymbol)\{{([^{{}}]*)\}}": r" \1 ",
     " +": " ",
-    r" ?([^\w ,.}]) ?": r"\1",  # \text{CO}_2
+    r" ?([^\w ,.}]) ?": r"\1",  # blanks that \text has left around signs: \text{Na}^+
     r"(?<=[0-9]) (?=[a-zA-Z](?![a-zA-Z]))": "",  # 2 x is 2x
     r"^\(?([A-J])[.)]*$": r"\1",  # a choice: (B), B) or B.
 }
@@ -897,7 +897,8 @@ def load_model(name, device):
         reason = str(error).partition("\n")[0]
         raise RepoError(f"{name!r} is no causal language model to load: {reason}") from error
     if found["missing_keys"]:  # they would be random
-        raise RepoError(f"{name!r} lacks the weights {sorted(found['missing_keys'])}")
+        missing = sorted(found["missing_keys"])[:3]
+        raise RepoError(f"{name!r} lacks the weights {missing} ...; save the whole language model")
     rows = model.get_input_embeddings().num_embeddings
     if max(tokenizer.get_vocab().values()) >= rows:
         raise RepoError(f"{name!r} has a tokenizer of more tokens than its {rows} embeddings")
@@ -1069,7 +1070,7 @@ def train(run, cfg):
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
     done = state["log"]["metrics.jsonl"].count("\n") if state else 0
     if run.steps < max(done, 1):
-        raise RepoError(f"--steps is {run.steps}; {done} are done, and at least 1 must be")
+        raise RepoError(f"--steps is {run.steps}; give at least 1, and at least the {done} done")
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
     if cfg.guidance == "verbatim" and not any(

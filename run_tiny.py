@@ -332,8 +332,8 @@ def step_with(change, model, tokenizer, optimizer, problems, cfg, reward_fn):
     hard, groups, guides = first_three_steps(model, tokenizer, problems, cfg, reward_fn)
     change(model, tokenizer, hard, groups, guides, cfg)
     updated = repo.update(model, optimizer, groups, cfg)
-    metrics = repo.step_metrics(model, tokenizer, hard, groups, guides, cfg)
-    return {**metrics, **updated}, groups, guides
+    metrics = repo.step_metrics(model, tokenizer, hard, groups, guides, cfg) | updated
+    return metrics, groups, guides
 
 
 def star(model, tokenizer, hard, groups, guides, cfg):
