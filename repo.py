@@ -35,6 +35,7 @@ readers of the full text say (equation numbers too), `ours` our choice where we 
 import copy
 import functools
 import glob
+import inspect
 import json
 import math
 import numbers
@@ -44,17 +45,16 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 import torch
-from datasets import List, Value, load_dataset
+from datasets import load_dataset
 from torch.distributions import Categorical
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
 
 
 class RepoError(ValueError):
@@ -74,53 +74,56 @@ Understand them. Then write the full answer from them in your own words: explain
 its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 
-def setting(default, doc):
-    """A dataclass field whose documentation is also the help of its command-line flag."""
-    return field(default=default, metadata={"help": doc})
+def documented(settings):
+    """The dataclass; what stands below a field is also the help of its command-line flag."""
+    below = r'(\w+): .*\n +"""([^"]*)"""'
+    for name, text in re.findall(below, inspect.getsource(settings)):
+        settings.__dataclass_fields__[name].metadata = {"help": text}
+    return settings
 
 
+@documented
 @dataclass(frozen=True)
 class Config:
     """The settings of the algorithm: [source of the mechanism, source of the default value]."""
 
-    group_size: int = setting(8, "G, rollouts of a question [reported, reported]")
-    batch_size: int = setting(16, "questions in a step [reported, ours; 512 is reported]")
-    max_new_tokens: int = setting(512, "longest completion in tokens [ours, ours; not reported]")
-    temperature: float = setting(1.0, "T: policy softmax(logits / T) [ours, ours; not reported]")
-    rephrase_temperature: float = setting(
-        0.0,
-        "of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours; not reported]",
-    )
-    guidance: Literal["rephrase", "verbatim", "none"] = setting(
-        "rephrase",
-        "what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's "
-        "own text, or none, which is GRPO [ours]",
-    )
-    fail_threshold: float = setting(
-        0.5,
-        "delta, 0 to 1: a rollout with a reward below it has failed [reported, ours; not reported]",
-    )
-    gate_threshold: float = setting(
-        1.0, "rho: share of failures that opens the gate [reported, ours; not reported]"
-    )
-    clip_epsilon: float = setting(
-        0.2, "epsilon: ratios are clipped to 1 ± epsilon [reported, ours; not reported]"
-    )
-    kl_beta: float = setting(
-        0.0, "beta, weight of the KL term; 0 needs no reference [reported, ours; not reported]"
-    )
-    updates_per_batch: int = setting(1, "optimizer steps on a batch [ours, ours; not reported]")
-    learning_rate: float = setting(1e-6, "of AdamW, constant, no weight decay [ours, reported]")
-    max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this [ours, ours]")
-    micro_batch_tokens: int = setting(
-        4096,
-        "tokens, padding included, in one pass of the update; changes speed and memory, not the "
-        "gradient. A token takes about 3.4 MB for 0.5 B weights, 5.2 MB for 1.5 B and 8.9 MB for "
-        "4 B, beside 16 bytes a weight [ours, ours]",
-    )
-    question_prompt: str = setting(QUESTION_PROMPT, "q as a user's turn [ours, ours]")
-    rephrase_prompt: str = setting(REPHRASE_PROMPT, "P(q,k) as a user's turn [paper, ours]")
-    seed: int = setting(0, "of the sampling and of the batches [ours, ours]")
+    group_size: int = 8
+    """G, rollouts of a question [reported, reported]"""
+    batch_size: int = 16
+    """questions in a step [reported, ours; 512 is reported]"""
+    max_new_tokens: int = 512
+    """longest completion in tokens [ours, ours; not reported]"""
+    temperature: float = 1.0
+    """T: policy softmax(logits / T) [ours, ours; not reported]"""
+    rephrase_temperature: float = 0.0
+    """of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours; not reported]"""
+    guidance: str = "rephrase"
+    """what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's own
+    text, or none, which is GRPO [ours]"""
+    fail_threshold: float = 0.5
+    """delta, 0 to 1: a rollout with a reward below it has failed [reported, ours; not reported]"""
+    gate_threshold: float = 1.0
+    """rho: share of failures that opens the gate [reported, ours; not reported]"""
+    clip_epsilon: float = 0.2
+    """epsilon: ratios are clipped to 1 ± epsilon [reported, ours; not reported]"""
+    kl_beta: float = 0.0
+    """beta, weight of the KL term; 0 needs no reference [reported, ours; not reported]"""
+    updates_per_batch: int = 1
+    """optimizer steps on a batch [ours, ours; not reported]"""
+    learning_rate: float = 1e-6
+    """of AdamW, constant, no weight decay [ours, reported]"""
+    max_grad_norm: float = 1.0
+    """a longer gradient is scaled down to this [ours, ours]"""
+    micro_batch_tokens: int = 4096
+    """tokens, padding included, in one pass of the update; changes speed and memory, not the
+    gradient. A token takes about 3.4 MB for 0.5 B weights, 5.2 MB for 1.5 B and 8.9 MB for 4 B,
+    beside 16 bytes a weight [ours, ours]"""
+    question_prompt: str = QUESTION_PROMPT
+    """q as a user's turn [ours, ours]"""
+    rephrase_prompt: str = REPHRASE_PROMPT
+    """P(q,k) as a user's turn [paper, ours]"""
+    seed: int = 0
+    """of the sampling and of the batches [ours, ours]"""
 
     def __post_init__(self):
         """Raises: RepoError for a value with which nothing could be learnt."""
@@ -131,7 +134,8 @@ class Config:
             "updates_per_batch: at least 1": self.updates_per_batch >= 1,
             "temperature: above 0": self.temperature > 0,
             "rephrase_temperature: at least 0": self.rephrase_temperature >= 0,
-            "guidance: one of the three": self.guidance in ("rephrase", "verbatim", "none"),
+            "guidance: rephrase, verbatim or none": self.guidance
+            in ("rephrase", "verbatim", "none"),
             "fail_threshold: above 0 and at most 1": 0 < self.fail_threshold <= 1,
             "gate_threshold: a share of the group, 0 to 1": 0 <= self.gate_threshold <= 1,
             "clip_epsilon: at least 0": self.clip_epsilon >= 0,
@@ -222,7 +226,7 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
     """
     template = cfg.question_prompt
     groups = complete(model, tokenizer, template, problems, num_samples, temperature, cfg)
-    rollouts = [o for group in groups for o in group]
+    rollouts = sum(groups, [])
     score(rollouts, reward_fn)
     if mean("<think" in tokenizer.decode(o.tokens[:8]) for o in rollouts) > 0.5:
         raise RepoError(
@@ -275,7 +279,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     inputs = pad(prompts, "left", model.device)  # [B, P]
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
     positions = mask.cumsum(1) - mask  # of a real token: as many as stand before it
-    cache = None
+    cache = DynamicCache(config=model.config)
     kept = [n for n in range(len(prompts)) for _ in range(num_samples)]  # 0 0 0 1 1 1 ...
     completions = [([], []) for _ in kept]  # token ids, log π
     rows = completions  # those that are still being written
@@ -291,12 +295,6 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 logits_to_keep=1,
             )
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
-            cache = output.get("cache")
-            if not hasattr(cache, "reorder_cache"):
-                raise RepoError(
-                    f"{type(model).__name__} keeps no cache whose rows can be rearranged; use "
-                    "another model, and the transformers of requirements.txt"
-                )
             # Each prompt has been read once: now a copy for each sample. Later finished rows leave.
             if len(kept) != len(mask):
                 index = torch.tensor(kept, device=model.device)
@@ -572,30 +570,28 @@ def update(model, optimizer, groups, cfg, reference=None):
     # Without an advantage and a KL term a completion has no gradient, and need not be read. It
     # counts all the same, so that no weight depends on what is left out, or on the micro-batches.
     count = sum(map(len, groups))
-    trained = [o for group in groups for o in group if o.advantage or cfg.kl_beta]
+    trained = [o for o in sum(groups, []) if o.advantage or cfg.kl_beta]
     kls, norms, clipped, difference = [], [], [], None
     for _ in range(cfg.updates_per_batch if trained else 0):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
             policy = token_logps(model, batch, cfg.temperature)
+            fixed = policy  # without a KL term there is no reference, and no distance
             if cfg.kl_beta:
                 with torch.no_grad():
                     fixed = token_logps(reference, batch, cfg.temperature)
             loss = 0.0
-            for n, (o, logps) in enumerate(zip(batch, policy)):
+            for o, logps, reference_logps in zip(batch, policy, fixed):
                 # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
                 # (Eq. 11). It is read off the first pass, before any weight moves (ours): that
                 # costs nothing, and no other code path can disturb the ratio.
                 o.old_logps = o.old_logps or logps.tolist()
                 old_logps = logps.new_tensor(o.old_logps)
-                weight = 1 / (count * len(o.tokens))  # 1/(B G) 1/|o_i|
-                policy_term, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
-                loss = loss + weight * policy_term
+                loss_o, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
+                kl = kl_loss(logps, reference_logps)
+                loss = loss + (loss_o + cfg.kl_beta * kl) / count
                 clipped += acts.tolist()
-                if cfg.kl_beta:
-                    kl = weight * kl_loss(logps, fixed[n])
-                    loss = loss + cfg.kl_beta * kl
-                    kls.append(kl.item())
+                kls.append(kl.item())
             loss.backward()
         difference = sampler_diff(trained)  # before the weights move, as it may raise
         norm = torch.nn.utils.clip_grad_norm_(
@@ -605,7 +601,7 @@ def update(model, optimizer, groups, cfg, reference=None):
         optimizer.step()
     optimizer.zero_grad()  # frees the memory of the gradients for sampling
     return {
-        "kl": sum(kls) / cfg.updates_per_batch if kls else None,  # each is weighed already
+        "kl": mean(kls) if cfg.kl_beta else None,
         "grad_norm": mean(norms),  # before it is scaled down
         "clip_ratio": mean(clipped),
         "sampler_logp_diff": difference,
@@ -613,46 +609,46 @@ def update(model, optimizer, groups, cfg, reference=None):
 
 
 def token_logps(model, completions, temperature):
-    """log π_θ(o_t | q, o_<t) of each completion's tokens, [|o_i|], in fp32 and nats.
+    """log π_θ(o_t | q, o_<t) of each completion's tokens, a list of [|o_i|], in fp32 and nats.
 
     Padding is on the right, where a causal model never looks. The logits at a place predict the
-    token at the next one, so those before the end of the shortest prompt are not needed. Here
-    `first` is 1, and the targets are at places 1 to 3:
+    token at the next one, so those before the end of the shortest prompt are not needed; places
+    are counted from the end of the longest, as -1, -2 ...:
 
-        place                           0 1 2 3
-        prompt a b, completion C D      a b C D     the logits at places 1 and 2 predict C and D
-        prompt e,   completion F        e F . .     the logits at place 0 predict F
+        place                          -4 -3 -2 -1
+        prompt a b, completion C D      a  b  C  D    the logits at -3 and -2 predict C and D
+        prompt e,   completion F        e  F  .  .    the logits at -4 predict F
     """
     ids = pad([o.prompt + o.tokens for o in completions], "right", model.device)  # [B, L]
-    masks = [[0] * len(o.prompt) + [1] * len(o.tokens) for o in completions]
-    first = min(len(o.prompt) for o in completions)  # the first place that can hold a completion
-    targets = ids[:, first:]  # [B, L - first]
-    is_completion = pad(masks, "right", model.device)[:, first:].bool()  # [B, L - first]
-    needed = targets.shape[1]
+    longest = ids.shape[1]
+    needed = longest - min(len(o.prompt) for o in completions) + 1
     with autocast():
-        output = model(ids[:, :-1], use_cache=False, logits_to_keep=needed)
-    logits = output.logits[:, -needed:]  # [B, L - first, V]; some models keep all places
-    logits = logits[is_completion].float() / temperature  # [Σ|o_i|, V]
-    loss = torch.nn.functional.cross_entropy(logits, targets[is_completion], reduction="none")
-    return (-loss).split([len(o.tokens) for o in completions])
+        logits = model(ids, use_cache=False, logits_to_keep=needed).logits  # [B, needed or L, V]
+    logps = []
+    for o, row in zip(completions, logits):
+        end = len(o.prompt + o.tokens) - 1 - longest
+        scores = row[end - len(o.tokens) : end].float() / temperature  # [|o|, V]
+        targets = torch.tensor(o.tokens, device=model.device)
+        logps.append(Categorical(logits=scores, validate_args=False).log_prob(targets))
+    return logps
 
 
 def policy_loss(logps, old_logps, advantage, clip_epsilon):
-    """-Σ_t min(r_t A, clip(r_t, 1-ε, 1+ε) A) with r_t = π_θ / π_old, both under q, of a completion.
+    """-1/|o| Σ_t min(r_t A, clip(r_t, 1-ε, 1+ε) A) with r_t = π_θ / π_old, both under q.
 
-    The inner sum of Eq. 11. Log-probabilities are [|o|]. Returns the loss [] and where the clip
-    acts, [|o|].
+    A completion's part of Eq. 11. Log-probabilities are [|o|]. Returns the loss [] and where the
+    clip acts, [|o|].
     """
     ratio = bounded_exp(logps - old_logps)
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantage
-    return -torch.minimum(unclipped, clipped).sum(), clipped < unclipped
+    return -torch.minimum(unclipped, clipped).mean(), clipped < unclipped
 
 
 def kl_loss(logps, reference_logps):
-    """Σ_t r_t - log r_t - 1 with r_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
+    """1/|o| Σ_t (r_t - log r_t - 1), r_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
     log_ratio = reference_logps - logps
-    return (bounded_exp(log_ratio) - log_ratio - 1).sum()
+    return (bounded_exp(log_ratio) - log_ratio - 1).mean()
 
 
 def bounded_exp(log_ratio):
@@ -665,8 +661,12 @@ def micro_batches(completions, max_tokens):
     longest lets into `max_tokens`, at least one. The longest come first: memory runs out at once or
     never.
     """
-    completions = sorted(completions, key=lambda o: len(o.prompt + o.tokens), reverse=True)
-    rows = max(1, max_tokens // len(completions[0].prompt + completions[0].tokens))
+
+    def length(o):
+        return len(o.prompt + o.tokens)
+
+    completions = sorted(completions, key=length, reverse=True)
+    rows = max(1, max_tokens // max(map(length, completions), default=1))
     return [completions[i : i + rows] for i in range(0, len(completions), rows)]
 
 
@@ -700,22 +700,12 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-@torch.no_grad()
-def mean_logp(model, completions, cfg):
-    """The mean over all tokens of log π_θ(o_t | q, o_<t), in nats: how likely are these texts?"""
-    return mean(
-        logp
-        for batch in micro_batches(completions, cfg.micro_batch_tokens)
-        for logps in token_logps(model, batch, cfg.temperature)
-        for logp in logps.tolist()
-    )
-
-
 def as_sampled(group):
     """The rollouts of a group as they were sampled, before any was replaced."""
     return [o.replaced or o for o in group]
 
 
+@torch.no_grad()
 def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     """What a step shows, under TRL's names where it has one; None where there is nothing to see.
 
@@ -725,9 +715,15 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     the policy's rollouts.
     """
     sampled = [as_sampled(group) for group in groups]
-    own = [o for group in sampled for o in group]
+    own = sum(sampled, [])
     hard_own = [o for group in hard for o in as_sampled(group)]
     experts = expert_completions(model, tokenizer, [o.problem for o in guides], cfg)
+    expert_logps = [
+        logp
+        for batch in micro_batches(experts, cfg.micro_batch_tokens)
+        for logps in token_logps(model, batch, cfg.temperature)
+        for logp in logps.tolist()
+    ]
     rephrases = guides if cfg.guidance == "rephrase" else []
     length = mean(len(o.tokens) for o in rephrases if o.text)  # not of those refused
     return {
@@ -741,7 +737,7 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
         "rephrase/mean_length": length,
         "rephrase/length_ratio": length and length / mean(len(o.tokens) for o in hard_own),
         "rephrase/clipped_ratio": mean(o.truncated for o in rephrases),
-        "logp/expert": mean_logp(model, experts, cfg) if experts else None,
+        "logp/expert": mean(expert_logps),
         "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),
         "logp/rollout": mean(logp for o in hard_own for logp in o.sampler_logps),
         "seconds/sample": rollout.seconds,
@@ -860,23 +856,37 @@ def boxed_reward(completion, answer):
 # --------------------------------------- the command line: a real model, real data, one device
 
 
+@documented
 @dataclass(frozen=True)
 class Run:
     """Model, data and output."""
 
-    model: str = setting(MISSING, "hub name or folder of a causal language model")
-    dataset: str = setting(MISSING, "hub name, or a .json, .jsonl, .csv or .parquet file")
-    out: str = setting(MISSING, "folder for metrics, episodes, the checkpoint and the model")
-    subset: str | None = setting(None, "configuration of the dataset, where it has several")
-    split: str = setting("train", "split to train on, also a slice: train[:1000]")
-    eval_split: str | None = setting(None, "split for the accuracy before and after training")
-    question_column: str = setting("question", "column of the question")
-    knowledge_column: str = setting("answer", "column of the expert's solution")
-    answer_column: str = setting("answer", "column of the answer, bare, boxed or after ####")
-    steps: int = setting(100, "training steps")
-    save_every: int = setting(50, "steps between checkpoints; 0: at the end only")
-    resume: bool = setting(False, "go on from the checkpoint in --out")
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, cuda:1, cpu ...")
+    model: str
+    """hub name or folder of a causal language model"""
+    dataset: str
+    """hub name, or a .json, .jsonl, .csv or .parquet file"""
+    out: str
+    """folder for metrics, episodes, the checkpoint and the model"""
+    subset: str | None = None
+    """configuration of the dataset, where it has several"""
+    split: str = "train"
+    """split to train on, also a slice: train[:1000]"""
+    eval_split: str | None = None
+    """split for the accuracy before and after training"""
+    question_column: str = "question"
+    """column of the question"""
+    knowledge_column: str = "answer"
+    """column of the expert's solution"""
+    answer_column: str = "answer"
+    """column of the answer, bare, boxed or after ####"""
+    steps: int = 100
+    """training steps"""
+    save_every: int = 50
+    """steps between checkpoints; 0: at the end only"""
+    resume: bool = False
+    """go on from the checkpoint in --out"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, cuda:1, cpu ..."""
 
 
 def load_model(name, device):
@@ -907,7 +917,8 @@ def load_model(name, device):
     return model.to(device), tokenizer
 
 
-PLAIN_TYPES = r"(large_)?string(_view)?|u?int\d+|null"  # read as they are written
+TEXT = r"Value\('((large_)?string(_view)?|u?int\d+|null)'\)"
+READABLE = rf"{TEXT}|List\(\{{.*'content': {TEXT}.*\}}\)"  # column types that keep the spelling
 
 
 def in_box(text):
@@ -946,8 +957,6 @@ def load_problems(run, split):
     columns = [run.question_column, run.knowledge_column, run.answer_column]
     readers = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub
-    if reader is None and Path(run.dataset).is_file():
-        raise RepoError(f"{run.dataset!r} must end in one of {list(readers)}")
     options = {"data_files": glob.escape(run.dataset)} if reader else {}
     if reader == "json":
         options["chunksize"] = -1  # the whole file: the types of its first part are not for all
@@ -966,13 +975,11 @@ def load_problems(run, split):
     except Exception as error:  # whatever a reader raises
         raise RepoError(
             f"{run.dataset!r} has no readable {columns} in {split!r}: "
-            f"{error.__cause__ or error!r}; a file must not be empty, and has only the split "
-            "train, or a part of it: train[:200]"
+            f"{error.__cause__ or error!r}; a file must not be empty, ends in one of "
+            f"{list(readers)}, and has only the split train, or a part of it: train[:200]"
         ) from error
     for column, kind in data.features.items():
-        if isinstance(kind, List) and isinstance(kind.feature, dict):  # the turns of a chat
-            kind = kind.feature.get("content", kind)
-        if not isinstance(kind, Value) or not re.fullmatch(PLAIN_TYPES, kind.dtype):
+        if not re.fullmatch(READABLE, str(kind)):
             raise RepoError(
                 f"column {column!r} holds {kind}; write text (a CSV file's dates are text)"
             )
@@ -991,19 +998,21 @@ def load_problems(run, split):
     return problems
 
 
-def fitting(problems, templates, model, tokenizer, cfg):
-    """The problems whose prompts, the templates filled in, leave room for a completion.
+def fitting(problems, model, tokenizer, cfg):
+    """The problems of which both prompts, q and P(q,k), leave room for a completion.
 
-    The others are left out, and counted.
+    Also where no guidance is used: all methods have the same problems. Others are counted.
     Raises: RepoError if none of them fits.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    room = context - cfg.max_new_tokens
-    kept = []
-    for problem in problems:
-        prompts = [encode_prompt(tokenizer, fill(template, problem)) for template in templates]
-        if max(map(len, prompts)) <= room:
-            kept.append(problem)
+    kept = [
+        problem
+        for problem in problems
+        if all(
+            len(encode_prompt(tokenizer, fill(template, problem))) + cfg.max_new_tokens <= context
+            for template in (cfg.question_prompt, cfg.rephrase_prompt)
+        )
+    ]
     if kept != problems:
         print(f"{len(kept)} of {len(problems)} problems leave room for {cfg.max_new_tokens} tokens")
         if not kept:
@@ -1023,10 +1032,11 @@ def draw_batch(problems, step, cfg):
 MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tokens"}  # on resume
 
 
-def save_checkpoint(file, log, model, optimizer, settings):
+def save_checkpoint(file, logs, model, optimizer, settings):
     """Writes beside the old file and then moves over it: a kill leaves the old one or the new."""
+    texts = [log.read_text() for log in logs]
     weights, moments = model.state_dict(), optimizer.state_dict()
-    state = dict(log=log, settings=settings, model=weights, optimizer=moments)
+    state = dict(logs=texts, settings=settings, model=weights, optimizer=moments)
     partial = file.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(file)
@@ -1035,18 +1045,24 @@ def save_checkpoint(file, log, model, optimizer, settings):
 def load_checkpoint(file, settings):
     """What `save_checkpoint` wrote; the weights stay on disk until they are used.
 
-    Raises: RepoError if a setting has changed.
+    Raises: RepoError if a setting has changed, is new or is gone.
     """
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     then = state["settings"]
-    for name in then | settings:  # one may also be new, or gone
+    for name in (then | settings).keys() - MAY_CHANGE:
         old, new = then.get(name), settings.get(name)
-        if old != new and name not in MAY_CHANGE:
+        if old != new:
             raise RepoError(
                 f"{file} was made with {name} = {old!r}, now it is {new!r}; change it back or "
                 "choose another --out"
             )
     return state
+
+
+def append(file, record):
+    """Adds a line of JSON to the file."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
 
 
 def train(run, cfg):
@@ -1056,19 +1072,22 @@ def train(run, cfg):
     is not given, or if the reward takes no expert's text that is to be injected verbatim.
     """
     out = Path(run.out)
-    checkpoint, metrics_file = out / "checkpoint.pt", out / "metrics.jsonl"
+    checkpoint = out / "checkpoint.pt"
+    logs = metrics_log, episodes_log = out / "metrics.jsonl", out / "episodes.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        metrics_file.touch()
+        for log in logs:
+            log.touch()
         torch.empty(0, device=run.device)
     except Exception as error:  # whatever a file system or a device raises
         reason = str(error).partition("\n")[0]
         raise RepoError(f"--out or --device cannot be used: {reason}") from error
-    if not run.resume and (checkpoint.exists() or metrics_file.read_text()):
+    if not run.resume and (checkpoint.exists() or metrics_log.read_text()):
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
     settings = vars(run) | vars(cfg)
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
-    done = state["log"]["metrics.jsonl"].count("\n") if state else 0
+    texts = state["logs"] if state else ["", ""]
+    done = texts[0].count("\n")
     if run.steps < max(done, 1):
         raise RepoError(f"--steps is {run.steps}; give at least 1, and at least the {done} done")
     problems = load_problems(run, run.split)
@@ -1080,20 +1099,17 @@ def train(run, cfg):
 
     model, tokenizer = load_model(run.model, run.device)
     reference = copy.deepcopy(model) if cfg.kl_beta else None
-    # By P(q,k) also where no guidance is used: all train on the same problems.
-    problems = fitting(problems, [cfg.question_prompt, cfg.rephrase_prompt], model, tokenizer, cfg)
-    held_out = fitting(held_out, [cfg.question_prompt], model, tokenizer, cfg)
+    problems = fitting(problems, model, tokenizer, cfg)
+    held_out = fitting(held_out, model, tokenizer, cfg)
     before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
     )
-    log = {"metrics.jsonl": "", "episodes.jsonl": ""}  # what the two files hold
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        log = state["log"]
-    for name, text in log.items():
-        (out / name).write_text(text)  # a killed run may be past its checkpoint
+    for log, text in zip(logs, texts):
+        log.write_text(text)  # a killed run may be past its checkpoint
 
     bar = tqdm(range(done, run.steps), initial=done, total=run.steps, disable=None)
     for step in bar:
@@ -1104,20 +1120,15 @@ def train(run, cfg):
         metrics, groups, guides = train_step(
             model, tokenizer, optimizer, batch, cfg, boxed_reward, reference
         )
-        records = {"metrics.jsonl": metrics}
+        append(metrics_log, {"step": step, **metrics})
         if guides:
-            records["episodes.jsonl"] = episode(groups, guides)
-        for name, record in records.items():
-            line = json.dumps({"step": step, **record}) + "\n"
-            log[name] += line
-            with (out / name).open("a") as file:
-                file.write(line)
+            append(episodes_log, {"step": step, **episode(groups, guides)})
         shown = {"reward": metrics["reward"], "injections": metrics["injections"]}
         bar.set_postfix(shown)
         if bar.disable:  # the output is no terminal
             print(f"step {step}: {shown}")
         if step + 1 == run.steps or (run.save_every and (step + 1) % run.save_every == 0):
-            save_checkpoint(checkpoint, log, model, optimizer, settings)
+            save_checkpoint(checkpoint, logs, model, optimizer, settings)
 
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")

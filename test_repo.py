@@ -576,8 +576,8 @@ def test_loss_and_gradient_against_numpy_on_both_sides_of_the_clip(advantage):
     # Too far already, it may not push on; it may pull back.
     acts = ratio > 1.2 if advantage > 0 else ratio < 0.8
     bounded = np.where(acts, np.clip(ratio, 0.8, 1.2), ratio)
-    np.testing.assert_allclose(loss.item(), -(advantage * bounded).sum())
-    np.testing.assert_allclose(leaf.grad, np.where(acts, 0, -advantage * ratio), atol=1e-12)
+    np.testing.assert_allclose(loss.item(), -(advantage * bounded).mean())
+    np.testing.assert_allclose(leaf.grad, np.where(acts, 0, -advantage * ratio) / 200, atol=1e-14)
     assert (clipped.numpy() == acts).all() and 0.1 < acts.mean() < 0.9
 
 
@@ -590,8 +590,8 @@ def test_kl_is_the_k3_estimator_and_no_log_ratio_makes_a_gradient_infinite(far, 
     assert d.grad.isfinite().all()
     near = d[:2].detach()
     ratio = near.exp()
-    torch.testing.assert_close(repo.kl_loss(-near, torch.zeros(2)), (ratio - near - 1).sum())
-    torch.testing.assert_close(d.grad[:2], ratio - 1 + (advantage < 0) * ratio)
+    torch.testing.assert_close(repo.kl_loss(-near, torch.zeros(2)), (ratio - near - 1).mean())
+    torch.testing.assert_close(3 * d.grad[:2], ratio - 1 + (advantage < 0) * ratio)
 
 
 @cases("micro_batch_tokens", [10_000, 60, 25, 1])
@@ -615,11 +615,11 @@ def test_logits_are_computed_from_the_first_completion_on_and_used_only_for_comp
     """A NaN at each place without a completion token would show in any softmax taken there."""
     model = tiny_model(vocab=3000)
     completions = [completion([1] * 40, [2] * 5), completion([1] * 42, [2] * 4)]
-    poison = torch.zeros(2, 6, 1, device=DEVICE)  # of 46 places
-    poison[0, 5] = poison[1, :2] = math.nan
+    poison = torch.zeros(2, 7, 1, device=DEVICE)  # of 46 places
+    poison[0, 5:] = poison[1, :2] = poison[1, 6] = math.nan
 
     def poisoned(module, inputs, output):
-        assert output.shape == (2, 6, 3000)
+        assert output.shape == (2, 7, 3000)
         return output + poison
 
     model.lm_head.register_forward_hook(poisoned)
@@ -1377,11 +1377,12 @@ def test_overlong_problems_are_left_out_and_counted(capsys):
     tokenizer = byte_tokenizer(None, eos="<|eos|>")
     problems = [dict(question="q" * n, knowledge="k") for n in (50, 51, 500)]
     context = len(encode_prompt(tokenizer, "")) + 51 + CFG.max_new_tokens
-    rest = tiny_model(max_position_embeddings=context), tokenizer, CFG
-    assert repo.fitting(problems, ["{knowledge}{question}", "{knowledge}"], *rest) == problems[:1]
+    rest = tiny_model(max_position_embeddings=context), tokenizer
+    cfg = replace(CFG, question_prompt="{question}", rephrase_prompt="{knowledge}{question}")
+    assert repo.fitting(problems, *rest, cfg) == problems[:1]
     assert "1 of 3 problems" in capsys.readouterr().out
     with refused(f"context of {context}"):
-        repo.fitting(problems[2:], ["{question}"], *rest)
+        repo.fitting(problems[2:], *rest, replace(cfg, rephrase_prompt="{knowledge}"))
 
 
 # ----------------------------------------------------------- the command line, on files made here
@@ -1431,9 +1432,10 @@ def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(fil
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
-    file, model = Path("checkpoint.pt"), tiny_model()
-    rest = model, torch.optim.AdamW(model.parameters()), {}
-    repo.save_checkpoint(file, "first", *rest)
+    file, log, model = Path("checkpoint.pt"), Path("log"), tiny_model()
+    rest = [log], model, torch.optim.AdamW(model.parameters()), {}
+    log.write_text("first")
+    repo.save_checkpoint(file, *rest)
 
     def fail(state, path):
         path.write_text("half")
@@ -1441,8 +1443,8 @@ def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(ZeroDivisionError):
-        repo.save_checkpoint(file, "second", *rest)
-    assert repo.load_checkpoint(file, {})["log"] == "first"
+        repo.save_checkpoint(file, *rest)
+    assert repo.load_checkpoint(file, {})["logs"] == ["first"]
     with refused("made with seed = None"):
         repo.load_checkpoint(file, {"seed": 0})
 
@@ -1483,7 +1485,7 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
 --knowledge-column=question --answer-column=question | no usable rec
 --guidance=verbatim --knowledge-column=question | takes no expert's text
 --eval-split=test | no readable
---dataset=file | must end in one of
+--dataset=file | ends in one of
 --steps=0 | --steps is 0
 --out=file | --out
 --out=file/below | --out
