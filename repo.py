@@ -134,8 +134,9 @@ class Config:
             "updates_per_batch: at least 1": self.updates_per_batch >= 1,
             "temperature: above 0": self.temperature > 0,
             "rephrase_temperature: at least 0": self.rephrase_temperature >= 0,
-            "guidance: rephrase, verbatim or none": self.guidance
-            in ("rephrase", "verbatim", "none"),
+            "guidance: rephrase, verbatim or none": (
+                self.guidance in ("rephrase", "verbatim", "none")
+            ),
             "fail_threshold: above 0 and at most 1": 0 < self.fail_threshold <= 1,
             "gate_threshold: a share of the group, 0 to 1": 0 <= self.gate_threshold <= 1,
             "clip_epsilon: at least 0": self.clip_epsilon >= 0,
@@ -528,10 +529,10 @@ def replace_worst(group, guide):
     which has no advantages. With graded rewards a worse guide would make the failures look good.
     An empty text, which is what a refused draft leaves, stays out whatever its reward.
     """
-    worst = min(range(len(group)), key=lambda n: group[n].reward)
-    if guide.text and guide.reward > group[worst].reward:
-        guide.replaced = group[worst]
-        group[worst] = guide
+    worst = min(group, key=lambda o: o.reward)
+    if guide.text and guide.reward > worst.reward:
+        guide.replaced = worst
+        group[group.index(worst)] = guide
 
 
 # ------------------------------------------------------------------------------------- 4. update
@@ -898,7 +899,6 @@ def load_model(name, device):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="float32",
-            use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -907,8 +907,10 @@ def load_model(name, device):
         reason = str(error).partition("\n")[0]
         raise RepoError(f"{name!r} is no causal language model to load: {reason}") from error
     if found["missing_keys"]:  # they would be random
-        missing = sorted(found["missing_keys"])[:3]
-        raise RepoError(f"{name!r} lacks the weights {missing} ...; save the whole language model")
+        raise RepoError(
+            f"{name!r} lacks weights, {sorted(found['missing_keys'])[0]} for one; save the whole "
+            "language model"
+        )
     rows = model.get_input_embeddings().num_embeddings
     if max(tokenizer.get_vocab().values()) >= rows:
         raise RepoError(f"{name!r} has a tokenizer of more tokens than its {rows} embeddings")
@@ -1076,8 +1078,7 @@ def train(run, cfg):
     logs = metrics_log, episodes_log = out / "metrics.jsonl", out / "episodes.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for log in logs:
-            log.touch()
+        metrics_log.touch()
         torch.empty(0, device=run.device)
     except Exception as error:  # whatever a file system or a device raises
         reason = str(error).partition("\n")[0]

@@ -261,7 +261,7 @@ def files(world, tmp_path_factory):
         if problem["hard"]:
             solution = problem["knowledge"].replace("\\boxed{", "\n#### ").rstrip("}")
             rows.append(dict(question=problem["question"], answer=solution))
-    written(f"{folder}/data.jsonl", rows[:5])
+    written(f"{folder}/data.jsonl", rows)
     (folder / "model").symlink_to(world.model)
     return folder
 
@@ -615,8 +615,8 @@ def test_logits_are_computed_from_the_first_completion_on_and_used_only_for_comp
     """A NaN at each place without a completion token would show in any softmax taken there."""
     model = tiny_model(vocab=3000)
     completions = [completion([1] * 40, [2] * 5), completion([1] * 42, [2] * 4)]
-    poison = torch.zeros(2, 7, 1, device=DEVICE)  # of 46 places
-    poison[0, 5:] = poison[1, :2] = poison[1, 6] = math.nan
+    poison = torch.full((2, 7, 1), math.nan, device=DEVICE)  # of 46 places
+    poison[0, :5] = poison[1, 2:6] = 0
 
     def poisoned(module, inputs, output):
         assert output.shape == (2, 7, 3000)
@@ -815,6 +815,7 @@ def test_accuracy_is_the_share_of_right_greedy_answers(scripted):
 BOXES = r"""
 # whole completions
 \boxed{3 | 3 | wrong
+3, not \boxed | 3 | wrong
 \boxed{$~$} | 3 | wrong
 \boxed{} | 42 | wrong
 \boxed{3} or \boxed{4} | 3 | wrong
@@ -1088,7 +1089,6 @@ def test_any_text_has_a_reward_and_can_be_cleaned():
         assert boxed_reward("\\boxed{" + text + "}", text[:3]) in (0.0, 1.0)
         assert len(repo.clean_rephrase(text)) <= len(text)
     assert boxed_reward("\\boxed{" + "9" * 5000 + "}", "9") == 0
-    assert boxed_reward("the answer is 1, 2, 3, 4", "3") == 0
 
 
 @pytest.mark.slow
@@ -1375,24 +1375,25 @@ def test_blanks_at_the_end_of_a_csv_shift_no_column_and_stop_nothing(text):
 
 def test_overlong_problems_are_left_out_and_counted(capsys):
     tokenizer = byte_tokenizer(None, eos="<|eos|>")
-    problems = [dict(question="q" * n, knowledge="k") for n in (50, 51, 500)]
-    context = len(encode_prompt(tokenizer, "")) + 51 + CFG.max_new_tokens
-    rest = tiny_model(max_position_embeddings=context), tokenizer
-    cfg = replace(CFG, question_prompt="{question}", rephrase_prompt="{knowledge}{question}")
-    assert repo.fitting(problems, *rest, cfg) == problems[:1]
+    problems = [dict(question="q" * n, knowledge="k" * (98 - n)) for n in (49, 1, 50)]
+    cfg = replace(CFG, question_prompt="{question}", rephrase_prompt="{knowledge}")
+    context = len(encode_prompt(tokenizer, "")) + 49 + CFG.max_new_tokens
+    rest = tiny_model(max_position_embeddings=context), tokenizer, cfg
+    assert repo.fitting(problems, *rest) == problems[:1]
     assert "1 of 3 problems" in capsys.readouterr().out
     with refused(f"context of {context}"):
-        repo.fitting(problems[2:], *rest, replace(cfg, rephrase_prompt="{knowledge}"))
+        repo.fitting(problems[1:], *rest)
 
 
 # ----------------------------------------------------------- the command line, on files made here
 
 
-def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
-    repo.main(flags(files, eval_split="train[:3]", device=DEVICE))
-    assert [row["step"] for row in lines()] == list(range(4))
-    summary = json.loads(Path("out/summary.json").read_text())
-    assert set(summary) == {"accuracy_before", "accuracy_after"}
+def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys, monkeypatch):
+    monkeypatch.setattr(repo, "boxed_reward", graded)
+    repo.main(flags(files, eval_split="train[:3]", device=DEVICE, kl_beta=0.1))
+    *_, last = lines()
+    assert last["step"] == 3 and last["kl"] > 0  # the reference stays as it was
+    assert re.search("accuracy_before.*accuracy_after", Path("out/summary.json").read_text())
     shown = capsys.readouterr()
     assert "step 3: " in shown.out and "it/s" not in shown.err  # no bars where no terminal is
     model, tokenizer = repo.load_model("out/model", "cpu")
@@ -1432,9 +1433,8 @@ def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(fil
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
-    file, log, model = Path("checkpoint.pt"), Path("log"), tiny_model()
-    rest = [log], model, torch.optim.AdamW(model.parameters()), {}
-    log.write_text("first")
+    file, model = Path("checkpoint.pt"), tiny_model()
+    rest = [], model, torch.optim.AdamW(model.parameters()), {}
     repo.save_checkpoint(file, *rest)
 
     def fail(state, path):
@@ -1444,7 +1444,7 @@ def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(ZeroDivisionError):
         repo.save_checkpoint(file, *rest)
-    assert repo.load_checkpoint(file, {})["logs"] == ["first"]
+    assert repo.load_checkpoint(file, {})  # the first
     with refused("made with seed = None"):
         repo.load_checkpoint(file, {"seed": 0})
 
@@ -1504,7 +1504,7 @@ def test_what_cannot_work_ends_in_one_line_before_the_model_is_loaded(
 def test_a_model_that_cannot_work_ends_in_one_line(files):
     assert "context of 2048" in refusal(flags(files, max_new_tokens=2048))
     assert "200 embeddings" in refusal(flags(files, model=saved(tiny_model(vocab=200))))
-    assert "lacks the weights ['lm_head" in refusal(flags(files, model=saved(tiny_model().model)))
+    assert "lacks weights, lm_head" in refusal(flags(files, model=saved(tiny_model().model)))
     adapter = Path(saved(tiny_model()), "config.json").rename("saved/adapter_config.json").parent
     assert "saved' is no causal" in refusal(flags(files, model=adapter))
 
