@@ -32,6 +32,7 @@ readers of the full text say (equation numbers too), `ours` our choice where we 
     python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --out out
 """
 
+import contextlib
 import copy
 import functools
 import glob
@@ -75,7 +76,7 @@ its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 
 def documented(settings):
-    """The dataclass; what stands below a field is also the help of its command-line flag."""
+    """The dataclass; what stands below a field is also the help of its flag (HfArgumentParser)."""
     below = r'(\w+): .*\n +"""([^"]*)"""'
     for name, text in re.findall(below, inspect.getsource(settings)):
         settings.__dataclass_fields__[name].metadata = {"help": text}
@@ -85,31 +86,34 @@ def documented(settings):
 @documented
 @dataclass(frozen=True)
 class Config:
-    """The settings of the algorithm: [source of the mechanism, source of the default value]."""
+    """The settings of the algorithm: [source of the mechanism, source of the default value].
+
+    A default value that is ours is one for which none is reported.
+    """
 
     group_size: int = 8
     """G, rollouts of a question [reported, reported]"""
     batch_size: int = 16
     """questions in a step [reported, ours; 512 is reported]"""
     max_new_tokens: int = 512
-    """longest completion in tokens [ours, ours; not reported]"""
+    """longest completion in tokens [ours, ours]"""
     temperature: float = 1.0
-    """T: policy softmax(logits / T) [ours, ours; not reported]"""
+    """T: policy softmax(logits / T) [ours, ours]"""
     rephrase_temperature: float = 0.0
-    """of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours; not reported]"""
+    """of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours]"""
     guidance: str = "rephrase"
     """what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's own
     text, or none, which is GRPO [ours]"""
     fail_threshold: float = 0.5
-    """delta, 0 to 1: a rollout with a reward below it has failed [reported, ours; not reported]"""
+    """delta, 0 to 1: a rollout with a reward below it has failed [reported, ours]"""
     gate_threshold: float = 1.0
-    """rho: share of failures that opens the gate [reported, ours; not reported]"""
+    """rho: share of failures that opens the gate [reported, ours]"""
     clip_epsilon: float = 0.2
-    """epsilon: ratios are clipped to 1 ± epsilon [reported, ours; not reported]"""
+    """epsilon: ratios are clipped to 1 ± epsilon [reported, ours]"""
     kl_beta: float = 0.0
-    """beta, weight of the KL term; 0 needs no reference [reported, ours; not reported]"""
+    """beta, weight of the KL term; 0 needs no reference [reported, ours]"""
     updates_per_batch: int = 1
-    """optimizer steps on a batch [ours, ours; not reported]"""
+    """optimizer steps on a batch [ours, ours]"""
     learning_rate: float = 1e-6
     """of AdamW, constant, no weight decay [ours, reported]"""
     max_grad_norm: float = 1.0
@@ -152,7 +156,7 @@ class Config:
                 raise RepoError(f"{name} is {getattr(self, name)!r}; it must be {demand}")
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself alone, whatever it says
 class Completion:
     """One text that answers a question: a rollout, a rephrase o_rep or the expert's own."""
 
@@ -167,6 +171,11 @@ class Completion:
     advantage: float = math.nan  # until its group has been compared
     draft: str = ""  # of o_rep: what the policy wrote, before cleaning
     replaced: "Completion | None" = None  # of a text let in: the rollout whose place it took
+
+    @property
+    def ids(self):
+        """Prompt and completion, as the model reads them in the update."""
+        return self.prompt + self.tokens
 
 
 # ---------------------------------------------------------------------------- the algorithm box
@@ -215,6 +224,12 @@ def timed(function):
         return result
 
     return call
+
+
+def mean(values):
+    """The mean, or None (null in metrics.jsonl) where there was nothing to measure."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
 @timed
@@ -313,7 +328,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
             rows = [rows[n] for n in kept]
             if not rows:
                 break
-            inputs = drawn[:, None]  # [rows, 1]
+            inputs = drawn[:, None]  # [rows, 1]; the finished too, which leave when it is read
             positions = mask.sum(1, keepdim=True)  # of the drawn token
             mask = torch.hstack([mask, torch.ones_like(inputs)])
     return completions
@@ -325,7 +340,7 @@ def fill(template, problem):
 
 
 def chat(tokenizer, *contents):
-    """(turns of user, assistant, user; the text they make) in a shape that the template can show.
+    """The turns of user, assistant, user in the first shape that the template takes, and its text.
 
     A prompt is one turn; three show how a template closes the assistant's (`end_tokens`).
     Raises: RepoError if it refuses all shapes or leaves out what the user says.
@@ -401,7 +416,7 @@ def autocast():
     only emulate bf16 (T4, V100) are quicker in fp32.
     """
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", torch.bfloat16, enabled=bf16)  # leaves a model on the CPU alone
+    return torch.autocast("cuda", torch.bfloat16, enabled=bf16)  # does nothing to a model on a CPU
 
 
 # ----------------------------------------------------------------------------------- 2. rephrase
@@ -501,7 +516,7 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     r"|(?:according to|(?:as )?per|based on|match\w*|agree\w* with|consistent with|follow\w*"
     rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
-FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # a step or a result, but no heading before a colon
+FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # a digit, = or \ with no colon behind the last of them
 CHATTER = re.compile(  # of no matter in the middle, but no beginning or end of an answer
     r"(?i)^(?:[^\w\\$`|()\[\]{}]|_)*$"
     r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
@@ -570,19 +585,17 @@ def update(model, optimizer, groups, cfg, reference=None):
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
     # Without an advantage and a KL term a completion has no gradient, and need not be read. It
     # counts all the same, so that no weight depends on what is left out, or on the micro-batches.
-    count = sum(map(len, groups))
-    trained = [o for o in sum(groups, []) if o.advantage or cfg.kl_beta]
+    completions = sum(groups, [])
+    trained = [o for o in completions if o.advantage or cfg.kl_beta]
     kls, norms, clipped, difference = [], [], [], None
     for _ in range(cfg.updates_per_batch if trained else 0):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
             policy = token_logps(model, batch, cfg.temperature)
-            fixed = policy  # without a KL term there is no reference, and no distance
-            if cfg.kl_beta:
-                with torch.no_grad():
-                    fixed = token_logps(reference, batch, cfg.temperature)
+            with torch.no_grad():  # without a KL term nothing is far from itself
+                anchor = token_logps(reference, batch, cfg.temperature) if cfg.kl_beta else policy
             loss = 0.0
-            for o, logps, reference_logps in zip(batch, policy, fixed):
+            for o, logps, reference_logps in zip(batch, policy, anchor):
                 # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
                 # (Eq. 11). It is read off the first pass, before any weight moves (ours): that
                 # costs nothing, and no other code path can disturb the ratio.
@@ -590,11 +603,11 @@ def update(model, optimizer, groups, cfg, reference=None):
                 old_logps = logps.new_tensor(o.old_logps)
                 loss_o, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
                 kl = kl_loss(logps, reference_logps)
-                loss = loss + (loss_o + cfg.kl_beta * kl) / count
+                loss = loss + (loss_o + cfg.kl_beta * kl) / len(completions)
                 clipped += acts.tolist()
                 kls.append(kl.item())
             loss.backward()
-        difference = sampler_diff(trained)  # before the weights move, as it may raise
+        difference = sampler_diff(trained)  # the same each time; may raise before weights move
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
         )
@@ -613,21 +626,21 @@ def token_logps(model, completions, temperature):
     """log π_θ(o_t | q, o_<t) of each completion's tokens, a list of [|o_i|], in fp32 and nats.
 
     Padding is on the right, where a causal model never looks. The logits at a place predict the
-    token at the next one, so those before the end of the shortest prompt are not needed; places
-    are counted from the end of the longest, as -1, -2 ...:
+    token at the next one, so those before the last token of the shortest prompt are not needed.
+    Places are counted from the end, as -1, -2 ...:
 
         place                          -4 -3 -2 -1
         prompt a b, completion C D      a  b  C  D    the logits at -3 and -2 predict C and D
         prompt e,   completion F        e  F  .  .    the logits at -4 predict F
     """
-    ids = pad([o.prompt + o.tokens for o in completions], "right", model.device)  # [B, L]
-    longest = ids.shape[1]
-    needed = longest - min(len(o.prompt) for o in completions) + 1
+    ids = pad([o.ids for o in completions], "right", model.device)  # [B, L]
+    length = ids.shape[1]
+    needed = length - min(len(o.prompt) for o in completions) + 1
     with autocast():
         logits = model(ids, use_cache=False, logits_to_keep=needed).logits  # [B, needed or L, V]
     logps = []
     for o, row in zip(completions, logits):
-        end = len(o.prompt + o.tokens) - 1 - longest
+        end = len(o.ids) - 1 - length
         scores = row[end - len(o.tokens) : end].float() / temperature  # [|o|, V]
         targets = torch.tensor(o.tokens, device=model.device)
         logps.append(Categorical(logits=scores, validate_args=False).log_prob(targets))
@@ -647,7 +660,7 @@ def policy_loss(logps, old_logps, advantage, clip_epsilon):
 
 
 def kl_loss(logps, reference_logps):
-    """1/|o| Σ_t (r_t - log r_t - 1), r_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
+    """1/|o| Σ_t (s_t - log s_t - 1), s_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
     log_ratio = reference_logps - logps
     return (bounded_exp(log_ratio) - log_ratio - 1).mean()
 
@@ -662,12 +675,8 @@ def micro_batches(completions, max_tokens):
     longest lets into `max_tokens`, at least one. The longest come first: memory runs out at once or
     never.
     """
-
-    def length(o):
-        return len(o.prompt + o.tokens)
-
-    completions = sorted(completions, key=length, reverse=True)
-    rows = max(1, max_tokens // max(map(length, completions), default=1))
+    completions = sorted(completions, key=lambda o: len(o.ids), reverse=True)
+    rows = max(1, max_tokens // len(completions[0].ids)) if completions else 1
     return [completions[i : i + rows] for i in range(0, len(completions), rows)]
 
 
@@ -695,12 +704,6 @@ def sampler_diff(completions):
 # -------------------------------------------------------------------------------- what is measured
 
 
-def mean(values):
-    """The mean, or None (null in metrics.jsonl) where there was nothing to measure."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
 def as_sampled(group):
     """The rollouts of a group as they were sampled, before any was replaced."""
     return [o.replaced or o for o in group]
@@ -711,9 +714,9 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     """What a step shows, under TRL's names where it has one; None where there is nothing to see.
 
     `hard` are the groups whose gate opened. Rollouts are taken as they were sampled, before any was
-    replaced. Each `logp/` is a mean per token under the plain q, in nats, where gates opened: of
-    the experts' texts (after the update), of the rephrases trained (others have no old_logps), of
-    the policy's rollouts.
+    replaced. Each `logp/` is a mean per token under the plain q, in nats: `rollout` of all rollouts
+    of hard groups, `expert` of the experts' texts for all that a guide was written for (after the
+    update), `rephrase` of the rephrases let in, the others have no old_logps.
     """
     sampled = [as_sampled(group) for group in groups]
     own = sum(sampled, [])
@@ -890,12 +893,22 @@ class Run:
     """cuda, cuda:1, cpu ..."""
 
 
+@contextlib.contextmanager
+def explaining(what):
+    """Whatever a library raises in the block ends in a RepoError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise RepoError(f"{what}: {reason}") from error
+
+
 def load_model(name, device):
     """(model with fp32 weights, tokenizer); no code of the checkpoint is run.
 
     Raises: RepoError if they cannot be loaded, are not whole or do not belong together.
     """
-    try:
+    with explaining(f"{name!r} is no causal language model to load"):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="float32",
@@ -903,9 +916,6 @@ def load_model(name, device):
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # an adapter without its base, a name that the hub does not know ...
-        reason = str(error).partition("\n")[0]
-        raise RepoError(f"{name!r} is no causal language model to load: {reason}") from error
     if found["missing_keys"]:  # they would be random
         raise RepoError(
             f"{name!r} lacks weights, {sorted(found['missing_keys'])[0]} for one; save the whole "
@@ -919,13 +929,9 @@ def load_model(name, device):
     return model.to(device), tokenizer
 
 
-TEXT = r"Value\('((large_)?string(_view)?|u?int\d+|null)'\)"
-READABLE = rf"{TEXT}|List\(\{{.*'content': {TEXT}.*\}}\)"  # column types that keep the spelling
-
-
 def in_box(text):
-    r"""A text that ends in GSM8K's line `#### 42`, with "The final answer is \boxed{42}." for it (a
-    box without words gets lost when it is rephrased) and without `<<6*7=42>>`.
+    r"""Puts "The final answer is \boxed{42}." for GSM8K's last line `#### 42`, as a bare box gets
+    lost when it is rephrased, and deletes its `<<6*7=42>>`.
 
     Any other text stays as it is: there `####` is a heading, `<<` an operator, or a box is there.
     """
@@ -944,6 +950,10 @@ def as_text(value):
         case None | list():
             return ""
     return str(value).strip()
+
+
+TEXT = r"Value\('((large_)?string(_view)?|u?int\d+|null)'\)"
+READABLE = rf"{TEXT}|List\(\{{.*'content': {TEXT}.*\}}\)"  # column types that keep the spelling
 
 
 def load_problems(run, split):
@@ -971,15 +981,12 @@ def load_problems(run, split):
             chunksize=None,
         )
         warnings.filterwarnings("error", "Length of header")  # else a long row would be shifted
-    try:
+    with explaining(
+        f"{run.dataset!r} has no readable {columns} in {split!r}; a file must not be empty, ends "
+        f"in one of {list(readers)}, and has only the split train, or a part of it: train[:200]"
+    ):
         data = load_dataset(reader or run.dataset, run.subset, split=split, **options)
         data = data.flatten().select_columns(columns)  # one may serve twice
-    except Exception as error:  # whatever a reader raises
-        raise RepoError(
-            f"{run.dataset!r} has no readable {columns} in {split!r}: "
-            f"{error.__cause__ or error!r}; a file must not be empty, ends in one of "
-            f"{list(readers)}, and has only the split train, or a part of it: train[:200]"
-        ) from error
     for column, kind in data.features.items():
         if not re.fullmatch(READABLE, str(kind)):
             raise RepoError(
@@ -1003,7 +1010,8 @@ def load_problems(run, split):
 def fitting(problems, model, tokenizer, cfg):
     """The problems of which both prompts, q and P(q,k), leave room for a completion.
 
-    Also where no guidance is used: all methods have the same problems. Others are counted.
+    P(q,k) counts with --guidance none too, so that all methods have the same problems. How many are
+    kept is printed.
     Raises: RepoError if none of them fits.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
@@ -1076,19 +1084,16 @@ def train(run, cfg):
     out = Path(run.out)
     checkpoint = out / "checkpoint.pt"
     logs = metrics_log, episodes_log = out / "metrics.jsonl", out / "episodes.jsonl"
-    try:
+    with explaining("--out or --device cannot be used"):
         out.mkdir(parents=True, exist_ok=True)
         metrics_log.touch()
         torch.empty(0, device=run.device)
-    except Exception as error:  # whatever a file system or a device raises
-        reason = str(error).partition("\n")[0]
-        raise RepoError(f"--out or --device cannot be used: {reason}") from error
     if not run.resume and (checkpoint.exists() or metrics_log.read_text()):
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
     settings = vars(run) | vars(cfg)
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
     texts = state["logs"] if state else ["", ""]
-    done = texts[0].count("\n")
+    done = texts[0].count("\n")  # a step is a line of metrics
     if run.steps < max(done, 1):
         raise RepoError(f"--steps is {run.steps}; give at least 1, and at least the {done} done")
     problems = load_problems(run, run.split)

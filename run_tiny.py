@@ -445,7 +445,7 @@ def drift(world, trained, device):
     kls = []
     everyday = [{"question": request} for request in world.everyday]
     for (o,) in repo.complete(base, tokenizer, "{question}", everyday, 1, 1.0, cfg):
-        ids = torch.tensor([o.prompt + o.tokens], device=device)
+        ids = torch.tensor([o.ids], device=device)
         before = len(o.prompt) - 1  # the logits at a place predict the token at the next one
         p, q = (policy(ids).logits[0, before:-1].log_softmax(-1) for policy in (base, trained))
         kls.append((p.exp() * (p - q)).sum(-1))

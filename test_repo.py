@@ -134,9 +134,9 @@ def random_groups(seed=0):
 
     prompts = [ids(9) for _ in range(4)]
     groups = [[completion(prompt, ids(12)) for _ in range(3)] for prompt in prompts]
-    for o in sum(groups[1:], []):
+    for o in sum(groups[:-1], []):
         o.reward = draw.random()
-    return groups[1:] + groups[:1]
+    return groups
 
 
 def assert_close(a, b):
@@ -258,9 +258,8 @@ def files(world, tmp_path_factory):
     """The miniature's base policy, as save_pretrained wrote it, and GSM8K-shaped data for it."""
     folder, rows = tmp_path_factory.mktemp("files"), []
     for problem in world.problems:
-        if problem["hard"]:
-            solution = problem["knowledge"].replace("\\boxed{", "\n#### ").rstrip("}")
-            rows.append(dict(question=problem["question"], answer=solution))
+        solution = problem["knowledge"].replace("\\boxed{", "\n#### ").rstrip("}")
+        rows.append(dict(question=problem["question"], answer=solution))
     written(f"{folder}/data.jsonl", rows)
     (folder / "model").symlink_to(world.model)
     return folder
@@ -439,9 +438,8 @@ def test_samples_follow_exactly_the_softmax():
     drawn = repo.sample(model, prompts, count, 2, 0.7, [])
     for n, prompt in enumerate(prompts):
         ids = torch.tensor([prompt + [first] for first in range(6)], device=DEVICE)
-        logits = model(ids).logits[:, -2:].detach().double().cpu().numpy()
-        p = np.exp(logits / 0.7)
-        p /= p.sum(-1, keepdims=True)  # [first token, place, token]
+        logits = model(ids).logits[:, -2:].detach().double().cpu()
+        p = (logits / 0.7).softmax(-1).numpy()  # [first token, place, token]
         expected = count * p[0, 0, :, None] * p[:, 1]
         seen = np.zeros((6, 6))
         for ids, _ in drawn[n * count : (n + 1) * count]:
@@ -504,8 +502,9 @@ def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_traine
 def test_a_sampler_of_another_temperature_is_stopped(temperature, monkeypatch):
     sample = repo.sample
 
-    def sharper(model, prompts, n, longest, temperature, ends):
-        return sample(model, prompts, n, longest, 0.3 * temperature, ends)
+    def sharper(*rest):
+        *rest, temperature, ends = rest
+        return sample(*rest, 0.3 * temperature, ends)
 
     step(graded, tiny_model(scale=4.0), temperature=temperature)
     monkeypatch.setattr(repo, "sample", sharper)
@@ -559,7 +558,7 @@ def test_token_logps_against_numpy_one_sequence_at_a_time():
     model, completions = tiny_model(), sum(random_groups(), [])
     expected = []
     for o in completions:
-        ids = torch.tensor([o.prompt + o.tokens], device=DEVICE)
+        ids = torch.tensor([o.ids], device=DEVICE)
         logits = model(ids).logits[0].detach().double().cpu().numpy() / 0.7
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected += [logp[len(o.prompt) - 1 + t, i] for t, i in enumerate(o.tokens)]
@@ -606,7 +605,7 @@ def test_the_first_update_is_reinforce_for_every_micro_batch_size(micro_batch_to
 
 def test_micro_batches_keep_to_their_size_and_the_longest_come_first():
     batches = repo.micro_batches(sum(random_groups(), []), 50)
-    lengths = [[len(o.prompt + o.tokens) for o in batch] for batch in batches]
+    lengths = [[len(o.ids) for o in batch] for batch in batches]
     assert all(len(batch) * max(batch) <= 50 for batch in lengths)
     assert max(lengths[0]) == max(map(max, lengths))
 
@@ -644,8 +643,10 @@ def test_the_kl_term_pulls_toward_the_reference_also_without_any_advantage():
     model, reference = tiny_model(), tiny_model(seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     rest = random_groups()[-1:], replace(CFG, kl_beta=1.0), reference
-    kls = [update(model, optimizer, *rest)["kl"] for _ in range(15)]
-    assert kls[-1] < 0.5 * kls[0]
+    metrics = [update(model, optimizer, *rest) for _ in range(15)]
+    assert metrics[-1]["kl"] < 0.5 * metrics[0]["kl"]
+    weaker = update(tiny_model(), optimizer, rest[0], replace(CFG, kl_beta=0.1), reference)
+    assert_close(10 * weaker["grad_norm"], metrics[0]["grad_norm"])
     with refused("kl_beta is 1.0 and there is no reference"):
         step(kl_beta=1.0)
 
@@ -712,7 +713,7 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_fai
     assert calls == [(3, 0.8), (2, 0.0)]  # the first question is solved
     assert metrics["injections"] == 2 and metrics["rephrase/success"] == 1
     assert metrics["reward"] == 1 / 3  # of the policy's own, as is this:
-    assert metrics["frac_reward_zero_std"] == 1
+    assert metrics["frac_reward_zero_std"] == 1 and metrics["kl"] is None
     problems, hard = PROBLEMS[1:3], groups[1:]
     for problem, group, guide in zip(problems, hard, guides):
         assert group[0] is guide and [o.reward for o in group] == [1, 0, 0, 0]
@@ -734,9 +735,9 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_fai
 
 def test_grpo_asks_for_no_rephrase_and_needs_no_knowledge(scripted):
     calls = scripted(rollout="no end")
-    questions = [dict(question=p["question"], answer=p["answer"]) for p in PROBLEMS[:3]]
+    questions = [dict(question="What is 1 + 1?", answer="2")]
     metrics, _, _ = step(problems=questions, guidance="none")
-    assert calls == [(3, 1.0)] and metrics["completions/clipped_ratio"] == 1
+    assert calls == [(1, 1.0)] and metrics["completions/clipped_ratio"] == 1
 
 
 @cases(
@@ -774,8 +775,7 @@ def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
 
     step(has_box)
     assert PROBLEMS[0]["knowledge"] not in texts
-    metrics, groups, _ = step(has_box, guidance="verbatim")
-    assert metrics["injections"] == 3
+    _, groups, _ = step(has_box, guidance="verbatim")
     assert [group[0].text for group in groups] == [p["knowledge"] for p in PROBLEMS[:3]]
 
 
@@ -1434,7 +1434,7 @@ def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(fil
 
 def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
     file, model = Path("checkpoint.pt"), tiny_model()
-    rest = [], model, torch.optim.AdamW(model.parameters()), {}
+    rest = [], model, model, {"seed": 0}  # as if it were an optimizer too
     repo.save_checkpoint(file, *rest)
 
     def fail(state, path):
@@ -1444,9 +1444,10 @@ def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(ZeroDivisionError):
         repo.save_checkpoint(file, *rest)
-    assert repo.load_checkpoint(file, {})  # the first
-    with refused("made with seed = None"):
-        repo.load_checkpoint(file, {"seed": 0})
+    assert repo.load_checkpoint(file, {"seed": 0})  # the first
+    for changed in ({}, {"seed": 0, "more": 1}):
+        with refused("None"):
+            repo.load_checkpoint(file, changed)
 
 
 @pytest.mark.slow
@@ -1511,8 +1512,8 @@ def test_a_model_that_cannot_work_ends_in_one_line(files):
 
 def test_a_mistyped_flag_is_named(files, capsys):
     with pytest.raises(SystemExit):
-        repo.main(flags(files) + ["--grup-size=8"])
-    assert "unrecognized arguments: --grup-size=8" in capsys.readouterr().err
+        repo.main(flags(files, grup_size=8))
+    assert "unrecognized arguments: --grup_size=8" in capsys.readouterr().err
 
 
 def test_a_mixture_of_experts_is_trained_without_a_loss_of_its_own():
@@ -1585,8 +1586,8 @@ def test_what_star_no_push_and_the_true_ratio_change(scripted):
 def test_what_is_measured_is_never_trained_on():
     Path("codebooks 3/base").mkdir(parents=True)  # it draws a held-out problem once more
     codebooks, realms = run_tiny.codebooks(3, Path(), "cpu"), run_tiny.realms(0, "")
-    held_out = codebooks.held_out["hard"] + codebooks.held_out["general"]
-    held_out += realms.held_out["general"] + realms.held_out["hard_rephrased"]
+    _, *held_out = realms.held_out.values()  # not the trained questions
+    held_out = sum([*codebooks.held_out.values(), *held_out], [])
     assert not any(problem in codebooks.problems + realms.problems for problem in held_out)
 
 
