@@ -388,15 +388,13 @@ def end_tokens(model, tokenizer):
     That is `<end_of_turn>` for Gemma and `<|end|>` for Phi, where the tokenizer's EOS is another.
     Raises: RepoError if there is none.
     """
-    ends = []
+    configured = model.generation_config.eos_token_id  # an id, several or None
+    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     if getattr(tokenizer, "chat_template", None):
         _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
         _, _, after = shown.partition("4242.")  # unlike any other part of a template
         after = tokenizer(after, add_special_tokens=False).input_ids
-        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1]
-    configured = model.generation_config.eos_token_id  # an id, several or None
-    ends += [tokenizer.eos_token_id]
-    ends += configured if isinstance(configured, list) else [configured]
+        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1] + ends
     ends = [i for i in ends if i is not None]
     if not ends:
         raise RepoError("no token ends an answer; set the tokenizer's eos_token")
@@ -952,7 +950,7 @@ def as_text(value):
     return str(value).strip()
 
 
-TEXT = r"Value\('((large_)?string(_view)?|u?int\d+|null)'\)"
+TEXT = r"Value\('((large_)?string(_view)?|u?int\d+)'\)"
 READABLE = rf"{TEXT}|List\(\{{.*'content': {TEXT}.*\}}\)"  # column types that keep the spelling
 
 
