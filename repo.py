@@ -75,15 +75,6 @@ Understand them. Then write the full answer from them in your own words: explain
 its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 
-def documented(settings):
-    """The dataclass; what stands below a field is also the help of its flag (HfArgumentParser)."""
-    below = r'(\w+): .*\n +"""([^"]*)"""'
-    for name, text in re.findall(below, inspect.getsource(settings)):
-        settings.__dataclass_fields__[name].metadata = {"help": text}
-    return settings
-
-
-@documented
 @dataclass(frozen=True)
 class Config:
     """The settings of the algorithm: [source of the mechanism, source of the default value].
@@ -858,7 +849,6 @@ def boxed_reward(completion, answer):
 # --------------------------------------- the command line: a real model, real data, one device
 
 
-@documented
 @dataclass(frozen=True)
 class Run:
     """Model, data and output."""
@@ -1142,9 +1132,18 @@ def train(run, cfg):
     print(summary)
 
 
+def with_help(settings):
+    """The dataclass; what stands below a field is also the help of its flag."""
+    below = r'(\w+): .*\n +"""([^"]*)"""'
+    for name, text in re.findall(below, inspect.getsource(settings)):
+        settings.__dataclass_fields__[name].metadata = {"help": text}
+    return settings
+
+
 def main(argv=None):
     """Parses the flags and trains; a RepoError ends in its message alone."""
-    parser = HfArgumentParser((Run, Config), description=__doc__.partition("\n")[0])
+    description = __doc__.partition("\n")[0]
+    parser = HfArgumentParser([with_help(Run), with_help(Config)], description=description)
     try:
         flags = parser.parse_args(argv)  # ends with a usage line at an unknown flag
         train(*parser.parse_dict(vars(flags)))
