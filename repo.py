@@ -581,7 +581,7 @@ def update(model, optimizer, groups, cfg, reference=None):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
             policy = token_logps(model, batch, cfg.temperature)
-            with torch.no_grad():  # without a KL term nothing is far from itself
+            with torch.no_grad():  # without a KL term the policy itself, at a distance of 0
                 anchor = token_logps(reference, batch, cfg.temperature) if cfg.kl_beta else policy
             loss = 0.0
             for o, logps, reference_logps in zip(batch, policy, anchor):
@@ -882,13 +882,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def explaining(what):
+def explaining(what, advice):
     """Whatever a library raises in the block ends in a RepoError of one line."""
     try:
         yield
     except Exception as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
-        raise RepoError(f"{what}: {reason}") from error
+        raise RepoError(f"{what}: {reason}; {advice}") from error
 
 
 def load_model(name, device):
@@ -896,7 +896,8 @@ def load_model(name, device):
 
     Raises: RepoError if they cannot be loaded, are not whole or do not belong together.
     """
-    with explaining(f"{name!r} is no causal language model to load"):
+    advice = "give a hub name, or a folder that save_pretrained has written"
+    with explaining(f"{name!r} is no causal language model to load", advice):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="float32",
@@ -970,8 +971,9 @@ def load_problems(run, split):
         )
         warnings.filterwarnings("error", "Length of header")  # else a long row would be shifted
     with explaining(
-        f"{run.dataset!r} has no readable {columns} in {split!r}; a file must not be empty, ends "
-        f"in one of {list(readers)}, and has only the split train, or a part of it: train[:200]"
+        f"{run.dataset!r} has no readable {columns} in {split!r}",
+        f"a file must not be empty, ends in one of {list(readers)}, and has only the split train, "
+        "or a part of it: train[:200]",
     ):
         data = load_dataset(reader or run.dataset, run.subset, split=split, **options)
         data = data.flatten().select_columns(columns)  # one may serve twice
@@ -1072,7 +1074,7 @@ def train(run, cfg):
     out = Path(run.out)
     checkpoint = out / "checkpoint.pt"
     logs = metrics_log, episodes_log = out / "metrics.jsonl", out / "episodes.jsonl"
-    with explaining("--out or --device cannot be used"):
+    with explaining("--out or --device cannot be used", "choose another"):
         out.mkdir(parents=True, exist_ok=True)
         metrics_log.touch()
         torch.empty(0, device=run.device)
