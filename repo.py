@@ -8,7 +8,8 @@ trains that text as if the policy had found it alone. One step is `train_step`, 
     1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
     2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
                    to write it anew; drawn greedily (ours), and cleaned of meta text
-    3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout
+    3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout,
+                   provided that its own reward is higher (ours)
     4. Update      A_i = (R_i - mean R) / std R
                    r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
                    J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)     (Eq. 11)
@@ -79,7 +80,7 @@ its calculation and its result. End with: The final answer is \\boxed{...}"""
 class Config:
     """The settings of the algorithm: [source of the mechanism, source of the default value].
 
-    A default value that is ours is one for which none is reported.
+    Where a default value is ours, none is reported, unless it is named.
     """
 
     group_size: int = 8
@@ -147,7 +148,7 @@ class Config:
                 raise RepoError(f"{name} is {getattr(self, name)!r}; it must be {demand}")
 
 
-@dataclass(eq=False)  # each is itself alone, whatever it says
+@dataclass(eq=False)  # one equals itself alone, which `replace_worst` needs
 class Completion:
     """One text that answers a question: a rollout, a rephrase o_rep or the expert's own."""
 
@@ -175,9 +176,9 @@ class Completion:
 def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=None):
     """One step of RePO on `problems`, dicts of question, knowledge and answer. Trains in place.
 
-    `reward_fn(text, answer)` gives a number; `reference` is the π_ref of the KL term. Returns
-    (metrics, the groups as trained, the guides: the texts that were offered to open gates, each an
-    o_rep, or with --guidance verbatim the expert's text).
+    `reward_fn(text, answer)` gives a number, with δ between wrong and right; `reference` is the
+    π_ref of the KL term. Returns (metrics, the groups as trained, the guides: the texts that were
+    offered to open gates, each an o_rep, or with --guidance verbatim the expert's text).
     """
     model.eval()  # with dropout the trained policy would not be the one that was sampled
 
@@ -201,7 +202,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     return metrics, groups, guides
 
 
-# ------------------------------------------------------------------------------------ 1. rollout
+# --------------------------------------------------------- two helpers for all that is measured
 
 
 def timed(function):
@@ -221,6 +222,9 @@ def mean(values):
     """The mean, or None (null in metrics.jsonl) where there was nothing to measure."""
     values = list(values)
     return sum(values) / len(values) if values else None
+
+
+# ------------------------------------------------------------------------------------ 1. rollout
 
 
 @timed
@@ -315,11 +319,12 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 ids.append(token)
                 logps.append(logp)
 
+            # Rows that go on, and with which the next pass will go on after it.
             kept = [n for n, (ids, _) in enumerate(rows) if ids[-1] not in ends]
             rows = [rows[n] for n in kept]
             if not rows:
                 break
-            inputs = drawn[:, None]  # [rows, 1]; the finished too, which leave when it is read
+            inputs = drawn[:, None]  # [rows, 1], the finished ones too
             positions = mask.sum(1, keepdim=True)  # of the drawn token
             mask = torch.hstack([mask, torch.ones_like(inputs)])
     return completions
@@ -385,6 +390,7 @@ def end_tokens(model, tokenizer):
         _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
         _, _, after = shown.partition("4242.")  # unlike any other part of a template
         after = tokenizer(after, add_special_tokens=False).input_ids
+        # The first control token, if there is one.
         ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1] + ends
     ends = [i for i in ends if i is not None]
     if not ends:
@@ -474,7 +480,7 @@ def clean_rephrase(text):
     kept = [
         n
         for n, s in enumerate(sentences)
-        if not CHATTER.search(s) and (FACT.search(s) or not SOURCE.search(s))
+        if not (CHATTER.search(s) or (SOURCE.search(s) and not FACT.search(s)))
     ]
     answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
     return "" if SOURCE.search(answer) else answer.strip()
@@ -566,7 +572,8 @@ def update(model, optimizer, groups, cfg, reference=None):
     """Step 4 ends: `updates_per_batch` optimizer steps that raise J (Eq. 11). Returns metrics.
 
     With one update the ratio is exactly 1, as its denominator is read off the same pass; the clip
-    never acts and the gradient is REINFORCE's. A batch without signal changes nothing (ours).
+    never acts and the gradient is REINFORCE's. From the second on ratios leave 1, and the clip may
+    act. A batch without signal changes nothing (ours).
     Raises: RepoError if kl_beta is set without a reference, or if sampler and trainer disagree;
     RuntimeError if a gradient is not finite. The weights do not move by such a gradient.
     """
@@ -581,7 +588,7 @@ def update(model, optimizer, groups, cfg, reference=None):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
             policy = token_logps(model, batch, cfg.temperature)
-            with torch.no_grad():  # without a KL term the policy itself, at a distance of 0
+            with torch.no_grad():  # without a KL term `kl_loss` and its gradient shall be 0
                 anchor = token_logps(reference, batch, cfg.temperature) if cfg.kl_beta else policy
             loss = 0.0
             for o, logps, reference_logps in zip(batch, policy, anchor):
@@ -596,7 +603,7 @@ def update(model, optimizer, groups, cfg, reference=None):
                 clipped += acts.tolist()
                 kls.append(kl.item())
             loss.backward()
-        difference = sampler_diff(trained)  # the same each time; may raise before weights move
+        difference = sampler_diff(trained)  # the same each time; stops before a weight moves
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
         )
@@ -629,7 +636,7 @@ def token_logps(model, completions, temperature):
         logits = model(ids, use_cache=False, logits_to_keep=needed).logits  # [B, needed or L, V]
     logps = []
     for o, row in zip(completions, logits):
-        end = len(o.ids) - 1 - length
+        end = len(o.ids) - 1 - length  # the place of its last token, whose logits are not needed
         scores = row[end - len(o.tokens) : end].float() / temperature  # [|o|, V]
         targets = torch.tensor(o.tokens, device=model.device)
         logps.append(Categorical(logits=scores, validate_args=False).log_prob(targets))
@@ -705,11 +712,11 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     `hard` are the groups whose gate opened. Rollouts are taken as they were sampled, before any was
     replaced. Each `logp/` is a mean per token under the plain q, in nats: `rollout` of all rollouts
     of hard groups, `expert` of the experts' texts for all that a guide was written for (after the
-    update), `rephrase` of the rephrases let in, the others have no old_logps.
+    update, as nothing is measured within the algorithm), `rephrase` of the rephrases trained.
     """
     sampled = [as_sampled(group) for group in groups]
     own = sum(sampled, [])
-    hard_own = [o for group in hard for o in as_sampled(group)]
+    hard_own = sum(map(as_sampled, hard), [])
     experts = expert_completions(model, tokenizer, [o.problem for o in guides], cfg)
     expert_logps = [
         logp
@@ -819,9 +826,8 @@ def last_boxed(text):
 
 
 def normalise(answer):
-    r"""(an exact number, or else text without typography; the labels `x=` and unit it had).
-
-    2+2 is text, as nothing is evaluated.
+    r"""Returns an exact number, or else text without typography; and the labels it had, `x=` and
+    unit. 2+2 is text, as nothing is evaluated.
     """
     for pattern, replacement in REWRITES.items():
         answer = re.sub(pattern, replacement, answer.strip())
@@ -949,8 +955,7 @@ def load_problems(run, split):
     r"""The split, also a slice of it, as dicts of question, knowledge and answer.
 
     A record that lacks one of them is left out, and counted. The answer is the last `\boxed{}` of
-    its column (see `in_box` for ####), or else all its text; a record whose whole solution would be
-    its answer lacks one.
+    its column (see `in_box` for ####), or else all its text, but not a whole solution.
     The fields of a column of dicts are columns: `reward_model.ground_truth`.
     Raises: RepoError if a column cannot be read, or no record is left; also for numbers with a
     point, dates, booleans or labels, whose spelling in the file is lost: 42 may have become 42.0.
@@ -1015,7 +1020,7 @@ def fitting(problems, model, tokenizer, cfg):
     ]
     if kept != problems:
         print(f"{len(kept)} of {len(problems)} problems leave room for {cfg.max_new_tokens} tokens")
-        if not kept:
+        if not kept:  # none of no problems is no mistake
             raise RepoError(
                 f"no prompt and {cfg.max_new_tokens} tokens fit the model's context of {context}; "
                 "lower max_new_tokens"
@@ -1035,8 +1040,8 @@ MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tok
 def save_checkpoint(file, logs, model, optimizer, settings):
     """Writes beside the old file and then moves over it: a kill leaves the old one or the new."""
     texts = [log.read_text() for log in logs]
-    weights, moments = model.state_dict(), optimizer.state_dict()
-    state = dict(logs=texts, settings=settings, model=weights, optimizer=moments)
+    state = dict(logs=texts, settings=settings, model=model.state_dict())
+    state["optimizer"] = optimizer.state_dict()
     partial = file.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(file)
@@ -1065,7 +1070,7 @@ def append(file, record):
         lines.write(json.dumps(record) + "\n")
 
 
-def train(run, cfg):
+def train(run, cfg, reward_fn):
     """The run of the command line. What can be checked without the model is checked first.
 
     Raises: RepoError if --out cannot be written or --device used, if --out holds a run and --resume
@@ -1089,7 +1094,7 @@ def train(run, cfg):
     problems = load_problems(run, run.split)
     held_out = load_problems(run, run.eval_split) if run.eval_split else []
     if cfg.guidance == "verbatim" and not any(
-        boxed_reward(p["knowledge"], p["answer"]) for p in problems
+        reward_fn(p["knowledge"], p["answer"]) for p in problems
     ):
         raise RepoError("the reward takes no expert's text: none ends in \\boxed{the answer}")
 
@@ -1097,7 +1102,7 @@ def train(run, cfg):
     reference = copy.deepcopy(model) if cfg.kl_beta else None
     problems = fitting(problems, model, tokenizer, cfg)
     held_out = fitting(held_out, model, tokenizer, cfg)
-    before = accuracy(model, tokenizer, held_out, cfg, boxed_reward)  # of --model, also on resume
+    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)  # of --model, also on resume
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
     )
@@ -1114,7 +1119,7 @@ def train(run, cfg):
         batch = draw_batch(problems, step, cfg)
         torch.manual_seed(1_000_000 * cfg.seed + step)
         metrics, groups, guides = train_step(
-            model, tokenizer, optimizer, batch, cfg, boxed_reward, reference
+            model, tokenizer, optimizer, batch, cfg, reward_fn, reference
         )
         append(metrics_log, {"step": step, **metrics})
         if guides:
@@ -1128,7 +1133,7 @@ def train(run, cfg):
 
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    after = accuracy(model, tokenizer, held_out, cfg, boxed_reward)
+    after = accuracy(model, tokenizer, held_out, cfg, reward_fn)
     summary = json.dumps(dict(accuracy_before=before, accuracy_after=after))
     (out / "summary.json").write_text(summary)
     print(summary)
@@ -1142,13 +1147,13 @@ def with_help(settings):
     return settings
 
 
-def main(argv=None):
+def main(argv=None, reward_fn=boxed_reward):
     """Parses the flags and trains; a RepoError ends in its message alone."""
     description = __doc__.partition("\n")[0]
     parser = HfArgumentParser([with_help(Run), with_help(Config)], description=description)
     try:
         flags = parser.parse_args(argv)  # ends with a usage line at an unknown flag
-        train(*parser.parse_dict(vars(flags)))
+        train(*parser.parse_dict(vars(flags)), reward_fn)
     except RepoError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -1388,9 +1388,8 @@ def test_overlong_problems_are_left_out_and_counted(capsys):
 # ----------------------------------------------------------- the command line, on files made here
 
 
-def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys, monkeypatch):
-    monkeypatch.setattr(repo, "boxed_reward", graded)
-    repo.main(flags(files, eval_split="train[:3]", device=DEVICE, kl_beta=0.1))
+def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
+    repo.main(flags(files, eval_split="train[:3]", device=DEVICE, kl_beta=0.1), graded)
     *_, last = lines()
     assert last["step"] == 3 and last["kl"] > 0  # the reference stays as it was
     assert re.search("accuracy_before.*accuracy_after", Path("out/summary.json").read_text())
