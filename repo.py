@@ -639,7 +639,7 @@ def token_logps(model, completions, temperature):
         end = len(o.ids) - 1 - length  # the place of its last token, whose logits are not needed
         scores = row[end - len(o.tokens) : end].float() / temperature  # [|o|, V]
         targets = torch.tensor(o.tokens, device=model.device)
-        logps.append(Categorical(logits=scores, validate_args=False).log_prob(targets))
+        logps.append(-torch.nn.functional.cross_entropy(scores, targets, reduction="none"))
     return logps
 
 
