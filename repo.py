@@ -285,14 +285,16 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     after `max_new_tokens` without one. T = 0 is greedy, with log-probabilities of T = 1.
 
     A loop of our own: `model.generate` follows the checkpoint's top-k, top-p and penalties, and
-    takes longer. Here a prompt is read once for all its samples, and finished rows leave.
+    takes longer.
     """
     inputs = pad(prompts, "left", model.device)  # [B, P]
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
     positions = mask.cumsum(1) - mask  # of a real token: as many as stand before it
     cache = DynamicCache(config=model.config)
-    kept = [n for n in range(len(prompts)) for _ in range(num_samples)]  # 0 0 0 1 1 1 ...
-    completions = [([], []) for _ in kept]  # token ids, log π
+    # Row i of what is written goes on from row source[i] of what the model has read: at first from
+    # its prompt, one for all its samples; later finished rows are no one's source, and leave.
+    source = [n for n in range(len(prompts)) for _ in range(num_samples)]  # 0 0 0 1 1 1 ...
+    completions = [([], []) for _ in source]  # token ids, log π
     rows = completions  # those that are still being written
 
     with autocast():
@@ -306,9 +308,8 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 logits_to_keep=1,
             )
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
-            # Each prompt has been read once: now a copy for each sample. Later finished rows leave.
-            if len(kept) != len(mask):
-                index = torch.tensor(kept, device=model.device)
+            if len(source) != len(mask):
+                index = torch.tensor(source, device=model.device)
                 cache.reorder_cache(index)  # selects rows, one also several times
                 logits, mask = logits[index], mask[index]
 
@@ -319,9 +320,8 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 ids.append(token)
                 logps.append(logp)
 
-            # Rows that go on, and with which the next pass will go on after it.
-            kept = [n for n, (ids, _) in enumerate(rows) if ids[-1] not in ends]
-            rows = [rows[n] for n in kept]
+            source = [n for n, (ids, _) in enumerate(rows) if ids[-1] not in ends]
+            rows = [rows[n] for n in source]
             if not rows:
                 break
             inputs = drawn[:, None]  # [rows, 1], the finished ones too
