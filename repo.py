@@ -150,7 +150,7 @@ class Config:
 
 @dataclass(eq=False)  # one equals itself alone, which `replace_worst` needs
 class Completion:
-    """One text that answers a question: a rollout, a rephrase o_rep or the expert's own."""
+    """One text that answers a question: a rollout, a draft, a rephrase or the expert's own."""
 
     problem: dict  # its question, knowledge and answer
     prompt: list  # token ids of the plain q; of P(q,k) in a draft, which is never trained
@@ -202,7 +202,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     return metrics, groups, guides
 
 
-# --------------------------------------------------------- two helpers for all that is measured
+# ----------------------------------------------------------------------- two helpers throughout
 
 
 def timed(function):
@@ -248,7 +248,7 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
 
 
 def score(completions, reward_fn):
-    """Sets their rewards R(o): the one place where `reward_fn(text, answer)` is called.
+    """Sets their rewards R(o) = `reward_fn(text, answer)`: the one place where this is done.
 
     Raises: RepoError with question and text if one is not a finite number.
     """
@@ -308,7 +308,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 logits_to_keep=1,
             )
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
-            if len(source) != len(mask):
+            if len(source) != len(mask):  # else each row goes on from itself
                 index = torch.tensor(source, device=model.device)
                 cache.reorder_cache(index)  # selects rows, one also several times
                 logits, mask = logits[index], mask[index]
@@ -344,6 +344,7 @@ def chat(tokenizer, *contents):
     roles = ("user", "assistant", "user")
     turns = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    # Plain text, text in parts, or with the system's turn, which some templates demand.
     for shape in (turns, parts, [{"role": "system", "content": ""}, *turns]):
         try:
             shown = tokenizer.apply_chat_template(shape, tokenize=False)
@@ -468,9 +469,9 @@ def clean_rephrase(text):
     """The draft without what betrays that it is a rephrase, to read as a direct answer to q.
 
     1. Thoughts go. 2. Of the pieces between control tokens spelled as text the first that is not
-    blank stays. 3. At both ends sentences go that only chat, or speak of the source and hold no
-    number. 4. If what stays still speaks of its source, it is refused: nothing stays, as another
-    cut would leave a hole, and train it.
+    blank stays. 3. At both ends sentences go that only chat, or speak of the source and state no
+    figure or formula. 4. If what stays still speaks of its source, it is refused: nothing stays, as
+    another cut would leave a hole, and train it.
     To delete such text is reported; to refuse, and the patterns, some usual English wordings, are
     ours.
     """
@@ -512,7 +513,7 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
 FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # a digit, = or \ with no colon behind the last of them
-CHATTER = re.compile(  # of no matter in the middle, but no beginning or end of an answer
+CHATTER = re.compile(  # harmless in the middle, but no beginning or end of an answer
     r"(?i)^(?:[^\w\\$`|()\[\]{}]|_)*$"
     r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
     r"|^\W*(?:\w[\w ]*[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
@@ -580,7 +581,7 @@ def update(model, optimizer, groups, cfg, reference=None):
     if cfg.kl_beta and reference is None:
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
     # Without an advantage and a KL term a completion has no gradient, and need not be read. It
-    # counts all the same, so that no weight depends on what is left out, or on the micro-batches.
+    # counts all the same: no share of the loss depends on what is left out or on micro-batches.
     completions = sum(groups, [])
     trained = [o for o in completions if o.advantage or cfg.kl_beta]
     kls, norms, clipped, difference = [], [], [], None
@@ -588,7 +589,7 @@ def update(model, optimizer, groups, cfg, reference=None):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
             policy = token_logps(model, batch, cfg.temperature)
-            with torch.no_grad():  # without a KL term `kl_loss` and its gradient shall be 0
+            with torch.no_grad():  # the policy as its own anchor: `kl_loss` and its gradient are 0
                 anchor = token_logps(reference, batch, cfg.temperature) if cfg.kl_beta else policy
             loss = 0.0
             for o, logps, reference_logps in zip(batch, policy, anchor):
@@ -623,7 +624,7 @@ def token_logps(model, completions, temperature):
 
     Padding is on the right, where a causal model never looks. The logits at a place predict the
     token at the next one, so those before the last token of the shortest prompt are not needed.
-    Places are counted from the end, as -1, -2 ...:
+    Places are counted from the end (-1, -2 ...), as some models return the logits of all L:
 
         place                          -4 -3 -2 -1
         prompt a b, completion C D      a  b  C  D    the logits at -3 and -2 predict C and D
@@ -711,7 +712,7 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
 
     `hard` are the groups whose gate opened. Rollouts are taken as they were sampled, before any was
     replaced. Each `logp/` is a mean per token under the plain q, in nats: `rollout` of all rollouts
-    of hard groups, `expert` of the experts' texts for all that a guide was written for (after the
+    of hard groups, `expert` of the expert's text of each question that has a guide (after the
     update, as nothing is measured within the algorithm), `rephrase` of the rephrases trained.
     """
     sampled = [as_sampled(group) for group in groups]
@@ -955,7 +956,7 @@ def load_problems(run, split):
     r"""The split, also a slice of it, as dicts of question, knowledge and answer.
 
     A record that lacks one of them is left out, and counted. The answer is the last `\boxed{}` of
-    its column (see `in_box` for ####), or else all its text, but not a whole solution.
+    its column (see `in_box` for ####), or else all its text, unless that is the knowledge itself.
     The fields of a column of dicts are columns: `reward_model.ground_truth`.
     Raises: RepoError if a column cannot be read, or no record is left; also for numbers with a
     point, dates, booleans or labels, whose spelling in the file is lost: 42 may have become 42.0.
@@ -1005,8 +1006,8 @@ def load_problems(run, split):
 def fitting(problems, model, tokenizer, cfg):
     """The problems of which both prompts, q and P(q,k), leave room for a completion.
 
-    P(q,k) counts with --guidance none too, so that all methods have the same problems. How many are
-    kept is printed.
+    P(q,k) counts with --guidance none too, so that all methods have the same problems. If some are
+    left out, it is printed how many are kept.
     Raises: RepoError if none of them fits.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
@@ -1018,9 +1019,9 @@ def fitting(problems, model, tokenizer, cfg):
             for template in (cfg.question_prompt, cfg.rephrase_prompt)
         )
     ]
-    if kept != problems:
+    if kept != problems:  # an empty list is no mistake
         print(f"{len(kept)} of {len(problems)} problems leave room for {cfg.max_new_tokens} tokens")
-        if not kept:  # none of no problems is no mistake
+        if not kept:
             raise RepoError(
                 f"no prompt and {cfg.max_new_tokens} tokens fit the model's context of {context}; "
                 "lower max_new_tokens"
@@ -1074,7 +1075,8 @@ def train(run, cfg, reward_fn):
     """The run of the command line. What can be checked without the model is checked first.
 
     Raises: RepoError if --out cannot be written or --device used, if --out holds a run and --resume
-    is not given, or if the reward takes no expert's text that is to be injected verbatim.
+    is not given, if --steps are done already, or if no expert's text, to be injected verbatim, is
+    rewarded.
     """
     out = Path(run.out)
     checkpoint = out / "checkpoint.pt"
@@ -1099,10 +1101,10 @@ def train(run, cfg, reward_fn):
         raise RepoError("the reward takes no expert's text: none ends in \\boxed{the answer}")
 
     model, tokenizer = load_model(run.model, run.device)
-    reference = copy.deepcopy(model) if cfg.kl_beta else None
+    reference = copy.deepcopy(model) if cfg.kl_beta else None  # of --model, also on resume
     problems = fitting(problems, model, tokenizer, cfg)
     held_out = fitting(held_out, model, tokenizer, cfg)
-    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)  # of --model, also on resume
+    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)  # so is this
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
     )
