@@ -56,7 +56,7 @@ from datasets import load_dataset
 from torch.distributions import Categorical
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 
 class RepoError(ValueError):
@@ -78,34 +78,31 @@ its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of the algorithm: [source of the mechanism, source of the default value].
-
-    Where a default value is ours, none is reported, unless it is named.
-    """
+    """The settings of the algorithm: [source of the mechanism, source of the default value]."""
 
     group_size: int = 8
     """G, rollouts of a question [reported, reported]"""
     batch_size: int = 16
     """questions in a step [reported, ours; 512 is reported]"""
     max_new_tokens: int = 512
-    """longest completion in tokens [ours, ours]"""
+    """longest completion in tokens [ours, ours: none reported]"""
     temperature: float = 1.0
-    """T: policy softmax(logits / T) [ours, ours]"""
+    """T: policy softmax(logits / T) [ours, ours: none reported]"""
     rephrase_temperature: float = 0.0
-    """of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours]"""
+    """of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours: none reported]"""
     guidance: str = "rephrase"
     """what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's own
     text, or none, which is GRPO [ours]"""
     fail_threshold: float = 0.5
-    """delta, 0 to 1: a rollout with a reward below it has failed [reported, ours]"""
+    """delta, 0 to 1: a rollout with a reward below it has failed [reported, ours: none reported]"""
     gate_threshold: float = 1.0
-    """rho: share of failures that opens the gate [reported, ours]"""
+    """rho: share of failures that opens the gate [reported, ours: none reported]"""
     clip_epsilon: float = 0.2
-    """epsilon: ratios are clipped to 1 ± epsilon [reported, ours]"""
+    """epsilon: ratios are clipped to 1 ± epsilon [reported, ours: none reported]"""
     kl_beta: float = 0.0
-    """beta, weight of the KL term; 0 needs no reference [reported, ours]"""
+    """beta, weight of the KL term; 0 needs no reference [reported, ours: none reported]"""
     updates_per_batch: int = 1
-    """optimizer steps on a batch [ours, ours]"""
+    """optimizer steps on a batch [ours, ours: none reported]"""
     learning_rate: float = 1e-6
     """of AdamW, constant, no weight decay [ours, reported]"""
     max_grad_norm: float = 1.0
@@ -290,7 +287,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     inputs = pad(prompts, "left", model.device)  # [B, P]
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
     positions = mask.cumsum(1) - mask  # of a real token: as many as stand before it
-    cache = DynamicCache(config=model.config)
+    cache = None
     # Row i of what is written goes on from row source[i] of what the model has read: at first from
     # its prompt, one for all its samples; later finished rows are no one's source, and leave.
     source = [n for n in range(len(prompts)) for _ in range(num_samples)]  # 0 0 0 1 1 1 ...
@@ -308,6 +305,12 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 logits_to_keep=1,
             )
             logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
+            cache = output.get("cache")
+            if not hasattr(cache, "reorder_cache"):
+                raise RepoError(
+                    f"{type(model).__name__} keeps no cache whose rows can be rearranged; use "
+                    "another model, and the transformers of requirements.txt"
+                )
             if len(source) != len(mask):  # else each row goes on from itself
                 index = torch.tensor(source, device=model.device)
                 cache.reorder_cache(index)  # selects rows, one also several times
@@ -589,20 +592,23 @@ def update(model, optimizer, groups, cfg, reference=None):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
             policy = token_logps(model, batch, cfg.temperature)
-            with torch.no_grad():  # the policy as its own anchor: `kl_loss` and its gradient are 0
-                anchor = token_logps(reference, batch, cfg.temperature) if cfg.kl_beta else policy
+            if cfg.kl_beta:
+                with torch.no_grad():
+                    fixed = token_logps(reference, batch, cfg.temperature)
             loss = 0.0
-            for o, logps, reference_logps in zip(batch, policy, anchor):
+            for n, (o, logps) in enumerate(zip(batch, policy)):
                 # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
                 # (Eq. 11). It is read off the first pass, before any weight moves (ours): that
                 # costs nothing, and no other code path can disturb the ratio.
                 o.old_logps = o.old_logps or logps.tolist()
                 old_logps = logps.new_tensor(o.old_logps)
                 loss_o, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
-                kl = kl_loss(logps, reference_logps)
-                loss = loss + (loss_o + cfg.kl_beta * kl) / len(completions)
+                if cfg.kl_beta:
+                    kl = kl_loss(logps, fixed[n])
+                    loss_o = loss_o + cfg.kl_beta * kl
+                    kls.append(kl.item())
+                loss = loss + loss_o / len(completions)
                 clipped += acts.tolist()
-                kls.append(kl.item())
             loss.backward()
         difference = sampler_diff(trained)  # the same each time; stops before a weight moves
         norm = torch.nn.utils.clip_grad_norm_(
@@ -612,7 +618,7 @@ def update(model, optimizer, groups, cfg, reference=None):
         optimizer.step()
     optimizer.zero_grad()  # frees the memory of the gradients for sampling
     return {
-        "kl": mean(kls) if cfg.kl_beta else None,
+        "kl": mean(kls),
         "grad_norm": mean(norms),  # before it is scaled down
         "clip_ratio": mean(clipped),
         "sampler_logp_diff": difference,
@@ -908,6 +914,7 @@ def load_model(name, device):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="float32",
+            use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -964,6 +971,8 @@ def load_problems(run, split):
     columns = [run.question_column, run.knowledge_column, run.answer_column]
     readers = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub
+    if reader is None and Path(run.dataset).is_file():
+        raise RepoError(f"{run.dataset!r} must end in one of {list(readers)}")
     options = {"data_files": glob.escape(run.dataset)} if reader else {}
     if reader == "json":
         options["chunksize"] = -1  # the whole file: the types of its first part are not for all
@@ -978,8 +987,7 @@ def load_problems(run, split):
         warnings.filterwarnings("error", "Length of header")  # else a long row would be shifted
     with explaining(
         f"{run.dataset!r} has no readable {columns} in {split!r}",
-        f"a file must not be empty, ends in one of {list(readers)}, and has only the split train, "
-        "or a part of it: train[:200]",
+        "a file must not be empty, and has only the split train, or a part of it: train[:200]",
     ):
         data = load_dataset(reader or run.dataset, run.subset, split=split, **options)
         data = data.flatten().select_columns(columns)  # one may serve twice
@@ -1098,13 +1106,15 @@ def train(run, cfg, reward_fn):
     if cfg.guidance == "verbatim" and not any(
         reward_fn(p["knowledge"], p["answer"]) for p in problems
     ):
-        raise RepoError("the reward takes no expert's text: none ends in \\boxed{the answer}")
+        raise RepoError(
+            "the reward takes no expert's text; `boxed_reward` asks for \\boxed{answer}"
+        )
 
     model, tokenizer = load_model(run.model, run.device)
     reference = copy.deepcopy(model) if cfg.kl_beta else None  # of --model, also on resume
     problems = fitting(problems, model, tokenizer, cfg)
     held_out = fitting(held_out, model, tokenizer, cfg)
-    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)  # so is this
+    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)  # of --model too
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
     )

@@ -67,7 +67,7 @@ CHAT = (
 def byte_tokenizer(template=CHAT, eos="<|im_end|>", frame="$A"):
     """Any text, a token a byte. `frame` is what the tokenizer itself puts around a text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core = Tokenizer(models.BPE(dict(zip(letters, range(256))), []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     specials = "<|im_start|> <|im_end|> <|eos|> <|bos|>".split()
@@ -197,8 +197,9 @@ def step(reward_fn=boxed_reward, model=None, tokenizer=None, problems=PROBLEMS[:
     """A whole step of a tiny model."""
     model = model or tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    settings = model, tokenizer or byte_tokenizer(), optimizer, problems, replace(CFG, **changes)
-    return repo.train_step(*settings, reward_fn)
+    cfg = replace(CFG, **changes)
+    tokenizer = tokenizer or byte_tokenizer()
+    return repo.train_step(model, tokenizer, optimizer, problems, cfg, reward_fn)
 
 
 def graded(text, answer):
@@ -277,7 +278,7 @@ def flags(files, folder="out", **changes):
 
 def lines(out="out", name="metrics.jsonl"):
     """The rows of a file of a run, without what depends on the clock."""
-    made = [json.loads(line) for line in Path(out, name).read_text().splitlines()]
+    made = map(json.loads, Path(out, name).read_text().splitlines())
     return [{key: row[key] for key in row if "seconds" not in key} for row in made]
 
 
@@ -421,8 +422,8 @@ def test_without_any_end_token_nothing_is_trained(template):
 
 def test_templates_are_filled_in_whatever_braces_the_texts_hold():
     problem = dict(question="Is {knowledge} \\frac{1}{2}?", knowledge="{question}")
-    filled = repo.fill("{question}|{knowledge}|{}|{other}", problem)
-    assert filled == "Is {knowledge} \\frac{1}{2}?|{question}|{}|{other}"
+    filled = "Is {knowledge} \\frac{1}{2}?|{question}|{}|{other}"
+    assert repo.fill("{question}|{knowledge}|{}|{other}", problem) == filled
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -488,12 +489,12 @@ def test_sampler_and_trainer_agree_on_unlike_models_and_unequal_prompts(kind):
         assert DEVICE == "cuda" or library[0, len(prompt) :].tolist() == ids
 
 
-@cases("kind", ["mamba", "rwkv"])
-def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_trained(kind):
+@cases("kind, message", [("mamba", "nats a token apart"), ("rwkv", "keeps no cache")])
+def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_trained(kind, message):
     """Without a cache at once; with one that goes wrong by the log-probabilities."""
     model = tiny_model(kind, scale=3.0)
     before = all_weights(model)
-    with refused("cache whose rows can|cache's rows can"):
+    with refused(message):
         step(graded, model)
     assert torch.equal(before, all_weights(model))
 
@@ -604,8 +605,8 @@ def test_the_first_update_is_reinforce_for_every_micro_batch_size(micro_batch_to
 
 
 def test_micro_batches_keep_to_their_size_and_the_longest_come_first():
-    batches = repo.micro_batches(sum(random_groups(), []), 50)
-    lengths = [[len(o.ids) for o in batch] for batch in batches]
+    completions = sum(random_groups(), [])
+    lengths = [[len(o.ids) for o in batch] for batch in repo.micro_batches(completions, 50)]
     assert all(len(batch) * max(batch) <= 50 for batch in lengths)
     assert max(lengths[0]) == max(map(max, lengths))
 
@@ -628,8 +629,7 @@ def test_logits_are_computed_from_the_first_completion_on_and_used_only_for_comp
 def test_dropout_and_train_mode_do_not_move_the_ratio():
     settings = dict(FAMILIES["gpt2"], n_positions=600, resid_pdrop=0.5, attn_pdrop=0.5)
     metrics, _, _ = step(graded, tiny_model("gpt2", **settings).train())
-    assert metrics["sampler_logp_diff"] < SAME
-    assert metrics["clip_ratio"] == 0
+    assert metrics["sampler_logp_diff"] < SAME and metrics["clip_ratio"] == 0
 
 
 def test_later_updates_use_the_first_passes_log_probabilities():
@@ -735,8 +735,7 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_fai
 
 def test_grpo_asks_for_no_rephrase_and_needs_no_knowledge(scripted):
     calls = scripted(rollout="no end")
-    questions = [dict(question="What is 1 + 1?", answer="2")]
-    metrics, _, _ = step(problems=questions, guidance="none")
+    metrics, _, _ = step(problems=[dict(question="What is 1 + 1?", answer="2")], guidance="none")
     assert calls == [(1, 1.0)] and metrics["completions/clipped_ratio"] == 1
 
 
@@ -1264,7 +1263,7 @@ def answers(path, values, **columns):
 )
 def test_an_answer_is_what_the_file_says(path, values):
     answers("d1.jsonl", ["another"])
-    assert answers(path, json.loads(values)) == [str(value) for value in json.loads(values)]
+    assert answers(path, json.loads(values)) == [*map(str, json.loads(values))]
 
 
 @cases(
@@ -1296,7 +1295,7 @@ def test_gaps_are_left_out_and_what_has_no_one_spelling_is_refused(path, values,
 
 
 def test_a_class_label_is_refused_and_not_read_as_its_index():
-    label = Features(a=ClassLabel(names=["no", "yes"]))
+    label = Features(a=ClassLabel(names="01"))
     Dataset.from_dict(dict(a=[1]), label).to_parquet("d.parquet")
     with refused("ClassLabel"):
         read("d.parquet", q="a", k="a")
@@ -1390,9 +1389,10 @@ def test_overlong_problems_are_left_out_and_counted(capsys):
 
 def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
     repo.main(flags(files, eval_split="train[:3]", device=DEVICE, kl_beta=0.1), graded)
-    *_, last = lines()
-    assert last["step"] == 3 and last["kl"] > 0  # the reference stays as it was
-    assert re.search("accuracy_before.*accuracy_after", Path("out/summary.json").read_text())
+    assert [row["step"] for row in lines()] == [0, 1, 2, 3]
+    assert lines()[3]["kl"] > 0  # the reference stays as it was
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert set(summary) == {"accuracy_before", "accuracy_after"}
     shown = capsys.readouterr()
     assert "step 3: " in shown.out and "it/s" not in shown.err  # no bars where no terminal is
     model, tokenizer = repo.load_model("out/model", "cpu")
@@ -1485,7 +1485,7 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
 --knowledge-column=question --answer-column=question | no usable rec
 --guidance=verbatim --knowledge-column=question | takes no expert's text
 --eval-split=test | no readable
---dataset=file | ends in one of
+--dataset=file | must end in one of
 --steps=0 | --steps is 0
 --out=file | --out
 --out=file/below | --out
@@ -1505,8 +1505,8 @@ def test_a_model_that_cannot_work_ends_in_one_line(files):
     assert "context of 2048" in refusal(flags(files, max_new_tokens=2048))
     assert "200 embeddings" in refusal(flags(files, model=saved(tiny_model(vocab=200))))
     assert "lacks weights, lm_head" in refusal(flags(files, model=saved(tiny_model().model)))
-    adapter = Path(saved(tiny_model()), "config.json").rename("saved/adapter_config.json").parent
-    assert "saved' is no causal" in refusal(flags(files, model=adapter))
+    Path(saved(tiny_model()), "config.json").rename("saved/adapter_config.json")
+    assert "saved' is no causal" in refusal(flags(files, model="saved"))
 
 
 def test_a_mistyped_flag_is_named(files, capsys):
@@ -1518,16 +1518,15 @@ def test_a_mistyped_flag_is_named(files, capsys):
 def test_a_mixture_of_experts_is_trained_without_a_loss_of_its_own():
     mixture = tiny_model("mixtral", num_local_experts=4, output_router_logits=True)
     model, tokenizer = repo.load_model(saved(mixture), DEVICE)
-    metrics, _, _ = step(graded, model, tokenizer)
-    assert metrics["grad_norm"] > 0
+    assert step(graded, model, tokenizer)[0]["grad_norm"] > 0
 
 
 def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth():
     model, _ = repo.load_model(saved(tiny_model().to(torch.bfloat16)), DEVICE)
     before = all_weights(model)
     update(model, torch.optim.AdamW(model.parameters(), 1e-6), random_groups())
-    moved = all_weights(model) != before
-    assert before.dtype == torch.float32 and moved.float().mean() > 0.5
+    assert before.dtype == torch.float32
+    assert (all_weights(model) != before).float().mean() > 0.5
 
 
 # -------------------------------------------------------------------------------------- run_tiny
@@ -1616,8 +1615,7 @@ def test_a_comparison_is_shown_and_goes_on_where_it_stood(capsys):
     line = f"--model {saved(tiny_model())} --out out --steps 1 --world-seed 3 --device {DEVICE}"
     argv = line.split() + ["--methods", "repo", "verbatim"]
     run_tiny.main(argv)
-    shown = capsys.readouterr().out
-    assert "\n| verbatim         | 0.00 " in shown
+    assert "\n| verbatim         | 0.00 " in capsys.readouterr().out
     folders = [file.parent for file in sorted(Path("out").rglob("summary.json"))]
     repo_lines, verbatim_lines = map(lines, folders)
     assert repo_lines[0]["method"] == "repo" and verbatim_lines[0]["injections"] > 0
