@@ -47,6 +47,7 @@ import statistics
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -78,7 +79,7 @@ its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of the algorithm: [source of the mechanism, source of the default value]."""
+    """The settings of the algorithm; in brackets whose the mechanism is, and whose the default."""
 
     group_size: int = 8
     """G, rollouts of a question [reported, reported]"""
@@ -94,7 +95,7 @@ class Config:
     """what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's own
     text, or none, which is GRPO [ours]"""
     fail_threshold: float = 0.5
-    """delta, 0 to 1: a rollout with a reward below it has failed [reported, ours: none reported]"""
+    """delta: a reward below it is a failure; above 0, at most 1 [reported, ours: none reported]"""
     gate_threshold: float = 1.0
     """rho: share of failures that opens the gate [reported, ours: none reported]"""
     clip_epsilon: float = 0.2
@@ -109,8 +110,8 @@ class Config:
     """a longer gradient is scaled down to this [ours, ours]"""
     micro_batch_tokens: int = 4096
     """tokens, padding included, in one pass of the update; changes speed and memory, not the
-    gradient. A token takes about 3.4 MB for 0.5 B weights, 5.2 MB for 1.5 B and 8.9 MB for 4 B,
-    beside 16 bytes a weight [ours, ours]"""
+    gradient. Memory: 16 bytes a weight, and for each of these tokens about 3.4 MB with 0.5 B
+    weights, 5.2 with 1.5 B, 8.9 with 4 B [ours, ours]"""
     question_prompt: str = QUESTION_PROMPT
     """q as a user's turn [ours, ours]"""
     rephrase_prompt: str = REPHRASE_PROMPT
@@ -145,7 +146,7 @@ class Config:
                 raise RepoError(f"{name} is {getattr(self, name)!r}; it must be {demand}")
 
 
-@dataclass(eq=False)  # one equals itself alone, which `replace_worst` needs
+@dataclass
 class Completion:
     """One text that answers a question: a rollout, a draft, a rephrase or the expert's own."""
 
@@ -154,8 +155,8 @@ class Completion:
     tokens: list  # token ids, with the end token, which is trained too
     text: str  # the tokens as the reward reads them
     truncated: bool = False  # max_new_tokens came before an end token
-    sampler_logps: list = ()  # log π_old of each token, in nats; empty for a text from elsewhere
-    old_logps: list = ()  # the same by the update's first pass: the denominator of the ratio
+    sampler_logps: list = ()  # log π_old of each token as drawn, in nats; none for other texts
+    old_logps: list = ()  # log π_old(·|q) by the update's first pass: the ratio's denominator
     reward: float = 0.0
     advantage: float = math.nan  # until its group has been compared
     draft: str = ""  # of o_rep: what the policy wrote, before cleaning
@@ -185,7 +186,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     # 2. Rephrase: o_rep ~ π_old(·|P(q,k)). The gate belongs to step 3, but is asked here (ours):
     #    where it is closed, o_rep need not be written.
     hard = [group for group in groups if gate_opens(group, cfg)]
-    guides = guidance(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
+    guides = write_guides(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
 
     # 3. Injection: o_rep takes the place of the worst rollout, in `group` itself.
     for group, guide in zip(hard, guides):  # no guides with --guidance none
@@ -199,7 +200,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     return metrics, groups, guides
 
 
-# ----------------------------------------------------------------------- two helpers throughout
+# --------------------------------------------------------------------- three helpers throughout
 
 
 def timed(function):
@@ -219,6 +220,11 @@ def mean(values):
     """The mean, or None (null in metrics.jsonl) where there was nothing to measure."""
     values = list(values)
     return sum(values) / len(values) if values else None
+
+
+def chunks(items, size):
+    """The items in lists of `size`; the last one may be shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 # ------------------------------------------------------------------------------------ 1. rollout
@@ -264,12 +270,13 @@ def complete(model, tokenizer, template, problems, num_samples, temperature, cfg
     prompts = [encode_prompt(tokenizer, fill(template, problem)) for problem in problems]
     ends = end_tokens(model, tokenizer)
     drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, ends)
-    groups = [[] for _ in problems]
-    for i, (ids, logps) in enumerate(drawn):
-        n = i // num_samples
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        truncated = ids[-1] not in ends
-        groups[n].append(Completion(problems[n], prompts[n], ids, text, truncated, logps))
+    groups = []
+    for problem, prompt, group in zip(problems, prompts, chunks(drawn, num_samples)):
+        groups.append([])
+        for ids, logps in group:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            truncated = ids[-1] not in ends
+            groups[-1].append(Completion(problem, prompt, ids, text, truncated, logps))
     return groups
 
 
@@ -288,11 +295,12 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
     positions = mask.cumsum(1) - mask  # of a real token: as many as stand before it
     cache = None
-    # Row i of what is written goes on from row source[i] of what the model has read: at first from
-    # its prompt, one for all its samples; later finished rows are no one's source, and leave.
+    # Text i goes on from row source[i] of the cache: at first the row of its prompt, which all its
+    # samples share; later a row of its own. A text that has ended is read once more, in the pass
+    # after its last token, and then no one's source.
     source = [n for n in range(len(prompts)) for _ in range(num_samples)]  # 0 0 0 1 1 1 ...
     completions = [([], []) for _ in source]  # token ids, log π
-    rows = completions  # those that are still being written
+    texts = completions  # those that are still being written
 
     with autocast():
         for _ in range(max_new_tokens):
@@ -304,31 +312,31 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            logits = output.logits[:, -1].float()  # [B, V] at first, then [rows, V]
+            logits = output.logits[:, -1].float()  # [B, V] at first, then [texts, V]
             cache = output.get("cache")
             if not hasattr(cache, "reorder_cache"):
                 raise RepoError(
                     f"{type(model).__name__} keeps no cache whose rows can be rearranged; use "
                     "another model, and the transformers of requirements.txt"
                 )
-            if len(source) != len(mask):  # else each row goes on from itself
+            if len(source) != len(mask):  # else text i has row i already
                 index = torch.tensor(source, device=model.device)
                 cache.reorder_cache(index)  # selects rows, one also several times
                 logits, mask = logits[index], mask[index]
 
             policy = Categorical(logits=logits / (temperature or 1.0), validate_args=False)
-            drawn = policy.sample() if temperature else policy.mode  # [rows]
-            drawn_logps = policy.log_prob(drawn)  # [rows]
-            for (ids, logps), token, logp in zip(rows, drawn.tolist(), drawn_logps.tolist()):
+            tokens = policy.sample() if temperature else policy.mode  # [texts]
+            drawn_logps = policy.log_prob(tokens)  # [texts]
+            for (ids, logps), token, logp in zip(texts, tokens.tolist(), drawn_logps.tolist()):
                 ids.append(token)
                 logps.append(logp)
 
-            source = [n for n, (ids, _) in enumerate(rows) if ids[-1] not in ends]
-            rows = [rows[n] for n in source]
-            if not rows:
+            source = [n for n, (ids, _) in enumerate(texts) if ids[-1] not in ends]
+            texts = [texts[n] for n in source]
+            if not texts:
                 break
-            inputs = drawn[:, None]  # [rows, 1], the finished ones too
-            positions = mask.sum(1, keepdim=True)  # of the drawn token
+            inputs = tokens[:, None]  # [texts, 1], of those that have just ended too
+            positions = mask.sum(1, keepdim=True)  # as many tokens stand before; then it is one
             mask = torch.hstack([mask, torch.ones_like(inputs)])
     return completions
 
@@ -339,7 +347,7 @@ def fill(template, problem):
 
 
 def chat(tokenizer, *contents):
-    """The turns of user, assistant, user in the first shape that the template takes, and its text.
+    """(turns of user, assistant, user in the first shape that the template takes, their text).
 
     A prompt is one turn; three show how a template closes the assistant's (`end_tokens`).
     Raises: RepoError if it refuses all shapes or leaves out what the user says.
@@ -366,8 +374,8 @@ def encode_prompt(tokenizer, text):
     Raises: RepoError if the chat template opens a block of thoughts all the same.
     """
     if not getattr(tokenizer, "chat_template", None):  # a base model
-        # It ends in a line break: after one an answer begins without a blank, so that a text
-        # encoded by itself (`as_completion`) has the tokens that sampling would give.
+        # After the line break at its end an answer begins without a blank, so that a text encoded
+        # alone (`as_completion`) has the tokens that sampling would give.
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
     turns, _ = chat(tokenizer, text)
@@ -392,7 +400,7 @@ def end_tokens(model, tokenizer):
     ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     if getattr(tokenizer, "chat_template", None):
         _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
-        _, _, after = shown.partition("4242.")  # unlike any other part of a template
+        _, _, after = shown.partition("4242.")  # no template has a 4242 of its own
         after = tokenizer(after, add_special_tokens=False).input_ids
         # The first control token, if there is one.
         ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1] + ends
@@ -422,7 +430,7 @@ def autocast():
 
 
 @timed
-def guidance(model, tokenizer, problems, cfg, reward_fn):
+def write_guides(model, tokenizer, problems, cfg, reward_fn):
     """Step 2: a text for each problem with its reward: o_rep, or by `cfg.guidance` the expert's own
     text, or none at all.
     """
@@ -472,7 +480,7 @@ def clean_rephrase(text):
     """The draft without what betrays that it is a rephrase, to read as a direct answer to q.
 
     1. Thoughts go. 2. Of the pieces between control tokens spelled as text the first that is not
-    blank stays. 3. At both ends sentences go that only chat, or speak of the source and state no
+    blank stays. 3. At both ends sentences go that chat or speak of the source, unless they state a
     figure or formula. 4. If what stays still speaks of its source, it is refused: nothing stays, as
     another cut would leave a hole, and train it.
     To delete such text is reported; to refuse, and the patterns, some usual English wordings, are
@@ -484,7 +492,7 @@ def clean_rephrase(text):
     kept = [
         n
         for n, s in enumerate(sentences)
-        if not (CHATTER.search(s) or (SOURCE.search(s) and not FACT.search(s)))
+        if FACT.search(s) or not (CHATTER.search(s) or SOURCE.search(s))
     ]
     answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
     return "" if SOURCE.search(answer) else answer.strip()
@@ -515,7 +523,7 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     r"|(?:according to|(?:as )?per|based on|match\w*|agree\w* with|consistent with|follow\w*"
     rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
-FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # a digit, = or \ with no colon behind the last of them
+FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # its last digit, = or \ is not followed by a colon
 CHATTER = re.compile(  # harmless in the middle, but no beginning or end of an answer
     r"(?i)^(?:[^\w\\$`|()\[\]{}]|_)*$"
     r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
@@ -584,7 +592,7 @@ def update(model, optimizer, groups, cfg, reference=None):
     if cfg.kl_beta and reference is None:
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
     # Without an advantage and a KL term a completion has no gradient, and need not be read. It
-    # counts all the same: no share of the loss depends on what is left out or on micro-batches.
+    # counts in 1/G all the same, so that no gradient depends on what is left out.
     completions = sum(groups, [])
     trained = [o for o in completions if o.advantage or cfg.kl_beta]
     kls, norms, clipped, difference = [], [], [], None
@@ -653,8 +661,8 @@ def token_logps(model, completions, temperature):
 def policy_loss(logps, old_logps, advantage, clip_epsilon):
     """-1/|o| Σ_t min(r_t A, clip(r_t, 1-ε, 1+ε) A) with r_t = π_θ / π_old, both under q.
 
-    A completion's part of Eq. 11. Log-probabilities are [|o|]. Returns the loss [] and where the
-    clip acts, [|o|].
+    A completion's part of Eq. 11. Log-probabilities are [|o|]. Returns the loss, a scalar, and
+    where the clip acts, [|o|].
     """
     ratio = bounded_exp(logps - old_logps)
     unclipped = ratio * advantage
@@ -680,15 +688,14 @@ def micro_batches(completions, max_tokens):
     """
     completions = sorted(completions, key=lambda o: len(o.ids), reverse=True)
     rows = max(1, max_tokens // len(completions[0].ids)) if completions else 1
-    return [completions[i : i + rows] for i in range(0, len(completions), rows)]
+    return chunks(completions, rows)
 
 
 def sampler_diff(completions):
     """max |log π of the sampler - log π of the trainer| over the sampled tokens trained, in nats.
 
-    Raises: RepoError if the mean is above 0.1 nats a token. Rounding in bf16 gives some 0.03 at any
-    temperature (a single token may be 2 nats apart at T = 0.1), a sampler that is wrongly at 0.3 T
-    some 0.5.
+    Raises: RepoError if the mean is above 0.1 nats a token. Rounding in bf16 gives some 0.03 (a
+    single token may be 2 nats apart at T = 0.1), a sampler at 0.3 T instead of T some 0.5.
     """
     differences = [
         abs(sampler - trainer)
@@ -718,8 +725,8 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
 
     `hard` are the groups whose gate opened. Rollouts are taken as they were sampled, before any was
     replaced. Each `logp/` is a mean per token under the plain q, in nats: `rollout` of all rollouts
-    of hard groups, `expert` of the expert's text of each question that has a guide (after the
-    update, as nothing is measured within the algorithm), `rephrase` of the rephrases trained.
+    of hard groups, `rephrase` of the rephrases trained, both before the update; `expert` of the
+    expert's text of each question that has a guide, after it, as step 4 never reads that text.
     """
     sampled = [as_sampled(group) for group in groups]
     own = sum(sampled, [])
@@ -748,7 +755,7 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
         "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),
         "logp/rollout": mean(logp for o in hard_own for logp in o.sampler_logps),
         "seconds/sample": rollout.seconds,
-        "seconds/rephrase": guidance.seconds,
+        "seconds/rephrase": write_guides.seconds,
         "seconds/update": update.seconds,
     }
 
@@ -772,8 +779,8 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
     model.eval()
     groups = []
     size = cfg.batch_size * cfg.group_size
-    for i in tqdm(range(0, len(problems), size), "accuracy", leave=False, disable=None):
-        groups += rollout(model, tokenizer, problems[i : i + size], 1, 0.0, cfg, reward_fn)
+    for part in tqdm(chunks(problems, size), "accuracy", leave=False, disable=None):
+        groups += rollout(model, tokenizer, part, 1, 0.0, cfg, reward_fn)
     return mean(o.reward >= cfg.fail_threshold for (o,) in groups)
 
 
@@ -784,11 +791,13 @@ NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"; no longer tha
     r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
 )
 UNIT = (  # a final \text{cm}^2 behind a digit, but no word that scales the number or goes on
+    # and no single letter but those that are a unit, as m and s
     r"(?<=[0-9])(?<!_.)\\text\{(?![^{}]*\b(?:[^\WACFJLNVWghlms]|(?i:pi|and|or|to|not|no|is|at"
-    r"|than|bn|mn|mil|mio|grand|kilo|mega|giga|\w*illion\w*|thousand\w*|hundred\w*|lakhs?|crores?"
-    r"|doz|dozens?|scores?|gross|tens?|pairs?|couples?|times|twice|fold|doubled?|tripled?|squared"
-    r"|cubed|factorial|base|mod|point|percent\w*|cent|pct|pp|ppm|basis|bps|half|halves|thirds?"
-    r"|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th"
+    r"|than|plus|minus|over|less|choose|remainder|negative|bn|mn|mil|mio|grand|kilo|mega|giga"
+    r"|\w*illion\w*|thousand\w*|hundred\w*|lakhs?|crores?|doz|dozens?|scores?|gross|tens?|pairs?"
+    r"|couples?|times|twice|fold|doubled?|tripled?|squared|cubed|factorial|base|mod|point|cent"
+    r"|percent\w*|pct|pp|ppm|basis|bps|half|halves|thirds?|quarters?"
+    r"|\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th"
     r"))\b)[a-zA-Z][a-zA-Z ./²³-]*(?<! )\}(?:\^[23])?$"
 )
 NAME = r"[a-zA-Z]\(\w\)|\([a-zA-Z](?:, ?[a-zA-Z])+\)|\\?(?!(?i:not)=)[a-zA-Z]\w*"
@@ -833,8 +842,9 @@ def last_boxed(text):
 
 
 def normalise(answer):
-    r"""Returns an exact number, or else text without typography; and the labels it had, `x=` and
-    unit. 2+2 is text, as nothing is evaluated.
+    r"""(an exact number, or else a text without typography; the set of its labels: `x=` and unit).
+
+    2+2 is text, as nothing is evaluated.
     """
     for pattern, replacement in REWRITES.items():
         answer = re.sub(pattern, replacement, answer.strip())
@@ -956,7 +966,7 @@ def as_text(value):
 
 
 TEXT = r"Value\('((large_)?string(_view)?|u?int\d+)'\)"
-READABLE = rf"{TEXT}|List\(\{{.*'content': {TEXT}.*\}}\)"  # column types that keep the spelling
+READABLE = rf"{TEXT}|List\(\{{.*'content': {TEXT}.*\}}\)"  # types that keep the file's spelling
 
 
 def load_problems(run, split):
@@ -1048,9 +1058,12 @@ MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tok
 
 def save_checkpoint(file, logs, model, optimizer, settings):
     """Writes beside the old file and then moves over it: a kill leaves the old one or the new."""
-    texts = [log.read_text() for log in logs]
-    state = dict(logs=texts, settings=settings, model=model.state_dict())
-    state["optimizer"] = optimizer.state_dict()
+    state = dict(
+        logs=[log.read_text() for log in logs],
+        settings=settings,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+    )
     partial = file.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(file)
@@ -1088,33 +1101,37 @@ def train(run, cfg, reward_fn):
     """
     out = Path(run.out)
     checkpoint = out / "checkpoint.pt"
-    logs = metrics_log, episodes_log = out / "metrics.jsonl", out / "episodes.jsonl"
+    logs = out / "metrics.jsonl", out / "episodes.jsonl"
+    metrics_log, episodes_log = logs
     with explaining("--out or --device cannot be used", "choose another"):
         out.mkdir(parents=True, exist_ok=True)
         metrics_log.touch()
         torch.empty(0, device=run.device)
     if not run.resume and (checkpoint.exists() or metrics_log.read_text()):
         raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
+    problems = load_problems(run, run.split)
+    held_out = load_problems(run, run.eval_split) if run.eval_split else []
     settings = vars(run) | vars(cfg)
+    settings["data"] = f"{len(problems)} problems, {zlib.crc32(repr(problems).encode())}"
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
     texts = state["logs"] if state else ["", ""]
     done = texts[0].count("\n")  # a step is a line of metrics
     if run.steps < max(done, 1):
         raise RepoError(f"--steps is {run.steps}; give at least 1, and at least the {done} done")
-    problems = load_problems(run, run.split)
-    held_out = load_problems(run, run.eval_split) if run.eval_split else []
     if cfg.guidance == "verbatim" and not any(
-        reward_fn(p["knowledge"], p["answer"]) for p in problems
+        reward_fn(p["knowledge"], p["answer"]) >= cfg.fail_threshold for p in problems
     ):
         raise RepoError(
             "the reward takes no expert's text; `boxed_reward` asks for \\boxed{answer}"
         )
 
     model, tokenizer = load_model(run.model, run.device)
-    reference = copy.deepcopy(model) if cfg.kl_beta else None  # of --model, also on resume
+    reference = (
+        copy.deepcopy(model) if cfg.kl_beta else None
+    )  # as --model is, before a checkpoint is loaded
     problems = fitting(problems, model, tokenizer, cfg)
     held_out = fitting(held_out, model, tokenizer, cfg)
-    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)  # of --model too
+    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)  # as well
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
     )

@@ -316,7 +316,9 @@ def first_three_steps(model, tokenizer, problems, cfg, reward_fn):
         model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn
     )
     hard = [group for group in groups if repo.gate_opens(group, cfg)]
-    guides = repo.guidance(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
+    guides = repo.write_guides(
+        model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn
+    )
     for group, guide in zip(hard, guides):
         repo.replace_worst(group, guide)
     repo.assign_advantages(groups)

@@ -289,9 +289,9 @@ def outcome(out):
 
 
 def refusal(argv):
-    """The one line in which a command ends."""
+    """The one line in which a command ends; its reward for a failure is not 0."""
     with pytest.raises(SystemExit) as stop:
-        repo.main(argv)
+        repo.main(argv, lambda *pair: boxed_reward(*pair) or -1)
     [line] = str(stop.value).splitlines()
     return line
 
@@ -449,19 +449,16 @@ def test_samples_follow_exactly_the_softmax():
         assert chi2 < 36 + 5 * 72**0.5  # 5 deviations
 
 
-FAMILIES = {
-    "llama": {},
-    "gemma2": dict(sliding_window=4),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),  # learned positions
-    "lfm2": dict(layer_types=["conv", "full_attention"]),
-    "qwen3_5_text": dict(  # linear attention
-        num_hidden_layers=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-    ),
-}
+FAMILIES = {kind: json.loads(settings) for kind, settings in rows("""
+llama | {}
+gemma2 | {"sliding_window": 4}
+# with learned positions
+gpt2 | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+lfm2 | {"layer_types": ["conv", "full_attention"]}
+# with linear attention, of heads in two numbers
+qwen3_5_text | {"num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, \
+"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+""")}
 SAME = 1e-4 if DEVICE == "cpu" else 0.5  # two code paths, a token's difference in nats
 
 
@@ -928,6 +925,11 @@ nan | nan | right
 3\text{ points} | 3 | right
 3\text{ factorial} | 3 | wrong
 3\text{ cm or more} | 3 | wrong
+5\text{ plus two} | 5 | wrong
+5\text{ choose two} | 5 | wrong
+5\text{ less} | 5 | wrong
+5\text{ remainder two} | 5 | wrong
+5\text{ minutes} | 5 | right
 3\text{ square meters} | 3 | right
 \frac{3}{4}\text{ million} | 3/4 | wrong
 \frac34\text{ million} | \frac{3}{4}\text{ million} | right
@@ -1140,6 +1142,7 @@ Let me rephrase the problem: find n. In other words, find n.
 The answer key opens the lock.
 The notes C and E follow. Two bank notes make 7. We take 4 from the notes in it.
 I hope to reach 60 km/h. I hope that the train is on time.
+If you need 3 more questions, you have 5. So \boxed{5}.
 If you have 3 questions and guess, 1/8. If you have any doubt, stop. The company starts anew.
 Note: x must be positive. Then x = 2.
 The given answer choices are 3 and 4. The answer is 3.
@@ -1413,7 +1416,7 @@ def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
     )
 
 
-def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(files):
+def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(files, monkeypatch):
     Path("whole").mkdir()
     Path("whole/metrics.jsonl").touch()  # a log without a line is no run
     repo.main(flags(files, "whole", steps=5, save_every=0))
@@ -1429,6 +1432,8 @@ def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(fil
     repo.main(flags(files, "other", steps=1, seed=1))
     assert lines("other") != lines("whole")[:1]
     assert repo.draw_batch(PROBLEMS, 0, CFG) != repo.draw_batch(PROBLEMS, 1, CFG)
+    monkeypatch.setattr(repo, "load_problems", lambda *_: PROBLEMS)
+    assert "made with data = " in refusal(flags(files, "whole", resume=True))
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
