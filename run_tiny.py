@@ -289,17 +289,17 @@ def realms(seed: int, model: str, folder=Path()):
         realm = made_up_name(draw, "nia ria lia via")
         capital = made_up_name(draw, "n r l s")
         hard += [realm_problem(realm, capital, style, hard=True) for style in STYLES]
-    plain = "The capital of {realm} is {capital}."
     real = [
-        realm_problem(*pair.split(), plain, hard=False)
+        realm_problem(*pair.split(), "The capital of {realm} is {capital}.", hard=False)
         for pair in draw.sample(REAL.split(", "), 36)
     ]
     facts = hard[:: len(STYLES)]
-    reworded = []  # asked for in words that are never trained
-    for problem in facts:
-        reworded.append({**problem, "question": problem["question"].replace("What", "Which city")})
+    reworded = [  # asked for in words that are never trained
+        {**problem, "question": problem["question"].replace("What", "Which city")}
+        for problem in facts
+    ]
     held_out = {"hard": facts, "general": real[:12], "hard_rephrased": reworded}
-    folder = folder / f"realms {seed} of {Path(model).name}"
+    folder = folder / f"realms {seed} of {model.replace('/', ' ')}"
     problems = hard + 4 * real[12:]
     return World(folder, model, REALMS, 60, realm_reward, problems, held_out, EVERYDAY, rate=1e-4)
 
@@ -544,7 +544,7 @@ def by_method(records):
     """{method: its metrics or summaries}, in the order of their first appearance."""
     grouped = {}
     for record in records:
-        grouped.setdefault(record.get("method", "run"), []).append(record)
+        grouped.setdefault(record["method"], []).append(record)
     return grouped
 
 
@@ -686,13 +686,16 @@ def main(argv=None):
     flag("--explain", action="store_true", help="tell one step on one question")
     flag("--show", type=Path, help="draw the metrics.jsonl of this folder")
     args = parser.parse_args(argv)
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps is {args.steps}; it must be at least 1")
+    for name in ("steps", "rate"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} is {value}; it must be above 0")
     if args.compare:
         args.methods, args.seeds = METHODS, [0, 1, 2]
     if args.show:
         files = sorted(args.show.rglob("metrics.jsonl"))
-        return draw([m for file in files for m in read(file)], CHARTS)
+        named = [{"method": file.parent.name, **m} for file in files for m in read(file)]
+        return draw(named, CHARTS)
     transformers.utils.logging.disable_progress_bar()
 
     start, results = time.perf_counter(), []
@@ -732,4 +735,7 @@ the plain question, mean of the run, nats a token. entropy: of the worst step.
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except repo.RepoError as error:
+        raise SystemExit(f"error: {error}")

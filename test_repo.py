@@ -161,7 +161,7 @@ def update(model, optimizer, groups, cfg=CFG, reference=None):
 
 def gradients(model):
     """The gradients of all weights in one vector, a copy."""
-    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    return parameters_to_vector(weight.grad for weight in model.parameters())
 
 
 def gradient(model, groups, update=update, **changes):
@@ -327,6 +327,7 @@ learning_rate | 0.0
 max_grad_norm | 0.0
 guidance | "verbtim"
 question_prompt | "{knowledge}"
+question_prompt | "{question} {knowledge}"
 rephrase_prompt | "{question}"
 """),
 )
@@ -1087,9 +1088,9 @@ def test_any_text_has_a_reward_and_can_be_cleaned():
     draw = random.Random(0)
     for _ in range(5_000):
         text = "".join(draw.choices(PIECES, k=draw.randint(0, 20)))
-        assert boxed_reward("\\boxed{" + text + "}", text[:3]) in (0.0, 1.0)
+        assert boxed_reward(f"\\boxed{{{text}}}", text[:3]) in (0.0, 1.0)
         assert len(repo.clean_rephrase(text)) <= len(text)
-    assert boxed_reward("\\boxed{" + "9" * 5000 + "}", "9") == 0
+    assert boxed_reward(f"\\boxed{{{'9' * 5000}}}", "9") == 0
 
 
 @pytest.mark.slow
@@ -1105,7 +1106,7 @@ def test_a_million_characters_of_any_piece_take_linear_time(piece):
 
     for function in (
         lambda text: boxed_reward(text, "1"),
-        lambda text: boxed_reward("\\boxed{a" + text + "b}", "1"),
+        lambda text: boxed_reward(f"\\boxed{{a{text}b}}", "1"),
         repo.clean_rephrase,
     ):
         part = min(seconds(function, 125_000) for _ in range(3))
@@ -1357,6 +1358,7 @@ d.jsonl | train | ⏎
 d.jsonl | test | {}
 d.jsonl | train[:0] | {"q": 1, "k": 1, "a": 1}
 d.jsonl | train | {"q":⏎
+d.jsonl | train | {"q": "é", "k": "k", "a": "a"}
 d.csv | train | q;k;a⏎q;k;1⏎
 d.csv | train | q,k,a⏎q,k,1⏎q,so,x,1⏎
 d.csv | train | q,k,a⏎1,000,so,1001⏎q,so,5⏎
@@ -1364,7 +1366,7 @@ none.csv | train | q,k,a⏎q,k,1⏎
 """),
 )
 def test_what_cannot_be_read_ends_in_one_line(name, split, content):
-    Path(name.replace("none", "d")).write_text(content)
+    Path(name.replace("none", "d")).write_text(content, "latin-1")
     with refused(rf"\A.*{name}' has no .*\Z"):
         read(name, split)
 
@@ -1490,7 +1492,8 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
 --knowledge-column=question --answer-column=question | no usable rec
 --guidance=verbatim --knowledge-column=question | takes no expert's text
 --eval-split=test | no readable
---dataset=file | must end in one of
+--dataset=file | must be a file that ends in one of
+--dataset=. | must be a file that ends in one of
 --steps=0 | --steps is 0
 --out=file | --out
 --out=file/below | --out
@@ -1597,6 +1600,7 @@ def test_what_is_measured_is_never_trained_on():
 def test_worlds_are_drawn_from_their_seed():
     one, same, other = (run_tiny.realms(seed, "").problems for seed in (1, 1, 2))
     assert one == same != other
+    assert run_tiny.realms(1, "a/b").folder.name.endswith("a b")
 
 
 @cases(
@@ -1618,7 +1622,7 @@ def test_the_reward_of_the_realms_takes_a_sentence_and_nothing_degenerate(text, 
 
 def test_a_comparison_is_shown_and_goes_on_where_it_stood(capsys):
     line = f"--model {saved(tiny_model())} --out out --steps 1 --world-seed 3 --device {DEVICE}"
-    argv = line.split() + ["--methods", "repo", "verbatim"]
+    argv = f"{line} --methods repo verbatim".split()
     run_tiny.main(argv)
     assert "\n| verbatim         | 0.00 " in capsys.readouterr().out
     folders = [file.parent for file in sorted(Path("out").rglob("summary.json"))]
@@ -1629,6 +1633,8 @@ def test_a_comparison_is_shown_and_goes_on_where_it_stood(capsys):
     run_tiny.main(argv)
     assert capsys.readouterr().out.count("not trained again") == 1
     assert [repo_lines, verbatim_lines] == [*map(lines, folders)]
+    with pytest.raises(SystemExit):
+        run_tiny.main(["--rate", "0"])
     run_tiny.main(["--show", "out"])
     shown = capsys.readouterr().out
     assert all(f"\n{key} " in shown for key in "hard injections reward logp/expert".split())
