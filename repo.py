@@ -13,6 +13,7 @@ trains that text as if the policy had found it alone. One step is `train_step`, 
     4. Update      A_i = (R_i - mean R) / std R
                    r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
                    J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)     (Eq. 11)
+                   averaged over the questions, and less β KL where it is asked for;
                    o_rep stands under the plain q here, never under P(q,k): no hint is left
 
 With rewards of 0 and 1, ρ = 1 and one update a batch this becomes simple: every ratio is 1, the
@@ -79,7 +80,9 @@ its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of the algorithm; in brackets whose the mechanism is, and whose the default."""
+    """The settings of the algorithm. In brackets: whose the mechanism is, and whose the default;
+    "none reported" where the paper must have a value and its readers do not name it.
+    """
 
     group_size: int = 8
     """G, rollouts of a question [reported, reported]"""
@@ -301,7 +304,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     # Text i goes on from row source[i] of the cache. With two prompts of three samples each, where
     # later the second text ends:
     #     0 0 0 1 1 1    the samples of a prompt share its row
-    #     0 2 3 4 5      row 1 has read the last token too, with the others', and is left out
+    #     0 2 3 4 5      row 1 went through one more pass with the others, and is dropped
     source = [n for n in range(len(prompts)) for _ in range(num_samples)]
     completions = [([], []) for _ in source]  # token ids, log π
     texts = completions  # those that are still being written
@@ -323,7 +326,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                     f"{type(model).__name__} keeps no cache whose rows can be rearranged; use "
                     "another model, and the transformers of requirements.txt"
                 )
-            if len(source) != len(mask):  # else text i has row i already
+            if len(source) != len(mask):  # if equal, no row was shared or dropped
                 index = torch.tensor(source, device=model.device)
                 cache.reorder_cache(index)  # selects rows, one also several times
                 logits, mask = logits[index], mask[index]
@@ -340,7 +343,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
             if not texts:
                 break
             inputs = tokens[:, None]  # [texts, 1], of those that have just ended too
-            positions = mask.sum(1, keepdim=True)  # as many tokens stand before; then it is one
+            positions = mask.sum(1, keepdim=True)  # of the new token, as above
             mask = torch.hstack([mask, torch.ones_like(inputs)])
     return completions
 
@@ -406,7 +409,7 @@ def end_tokens(model, tokenizer):
         _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
         _, _, after = shown.partition("4242.")  # no template has a 4242 of its own
         after = tokenizer(after, add_special_tokens=False).input_ids
-        # The first control token, if there is one.
+        # The first control token after the answer closes the turn.
         ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1] + ends
     ends = [i for i in ends if i is not None]
     if not ends:
@@ -529,7 +532,7 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     r"|(?:according to|(?:as )?per|based on|match\w*|agree\w* with|consistent with|follow\w*"
     rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
-FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # its last digit, = or \ is not followed by a colon
+FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # a digit, = or \; but "Step 2:" only announces one
 CHATTER = re.compile(  # harmless in the middle, but no beginning or end of an answer
     r"(?i)^(?:[^\w\\$`|()\[\]{}]|_)*$"
     r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
@@ -552,10 +555,11 @@ def gate_opens(group, cfg):
 def replace_worst(group, guide):
     """Puts the guide, o_rep, in the place of the group's lowest reward (reported).
 
-    Ties go to the first, and only a guide of a higher reward goes in (both ours). With rewards
-    of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would join a group of zeros,
-    which has no advantages. With graded rewards a worse guide would make the failures look good.
-    An empty text, which is what a refused draft leaves, stays out whatever its reward.
+    Ties go to the first, and only a guide of a higher reward goes in (both ours); it need not
+    reach δ. With rewards of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would
+    join a group of zeros, which has no advantages. With graded rewards a worse guide would make the
+    failures look good. An empty text, which is what a refused draft leaves, stays out whatever its
+    reward. As k shows the answer, a right one says little of the steps that lead there.
     """
     worst = min(group, key=lambda o: o.reward)
     if guide.text and guide.reward > worst.reward:
@@ -598,7 +602,7 @@ def update(model, optimizer, groups, cfg, reference=None):
     if cfg.kl_beta and reference is None:
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
     # Without an advantage and a KL term a completion has no gradient, and need not be read. It
-    # counts in 1/G all the same, so that no gradient depends on what is left out.
+    # counts in the mean all the same, so that no gradient depends on what is left out.
     completions = sum(groups, [])
     trained = [o for o in completions if o.advantage or cfg.kl_beta]
     kls, norms, clipped, difference = [], [], [], None
@@ -624,7 +628,7 @@ def update(model, optimizer, groups, cfg, reference=None):
                 loss = loss + loss_o / len(completions)
                 clipped += acts.tolist()
             loss.backward()
-        difference = sampler_diff(trained)  # the same each time; stops before a weight moves
+        difference = sampler_diff(trained)  # always of the first pass; stops before a weight moves
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
         )
@@ -644,7 +648,7 @@ def token_logps(model, completions, temperature):
 
     Padding is on the right, where a causal model never looks. The logits at a place predict the
     token at the next one, so those before the last token of the shortest prompt are not needed.
-    Places are counted from the end (-1, -2 ...), as some models return the logits of all L:
+    Places are counted from the end (-1, -2 ...), as a model may return the logits of all L:
 
         place                          -4 -3 -2 -1
         prompt a b, completion C D      a  b  C  D    the logits at -3 and -2 predict C and D
@@ -908,7 +912,7 @@ class Run:
     save_every: int = 50
     """steps between checkpoints; 0: at the end only"""
     resume: bool = False
-    """go on from the checkpoint in --out"""
+    """go on from the checkpoint in --out, with the same settings and data"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cuda, cuda:1, cpu ..."""
 
@@ -1138,12 +1142,11 @@ def train(run, cfg, reward_fn):
         )
 
     model, tokenizer = load_model(run.model, run.device)
-    reference = (
-        copy.deepcopy(model) if cfg.kl_beta else None
-    )  # as --model is, before a checkpoint is loaded
+    # The reference and the first accuracy are those of --model, also when a run is resumed.
+    reference = copy.deepcopy(model) if cfg.kl_beta else None
     problems = fitting(problems, model, tokenizer, cfg)
     held_out = fitting(held_out, model, tokenizer, cfg)
-    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)  # as well
+    before = accuracy(model, tokenizer, held_out, cfg, reward_fn)
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
     )
@@ -1156,7 +1159,7 @@ def train(run, cfg, reward_fn):
     bar = tqdm(range(done, run.steps), initial=done, total=run.steps, disable=None)
     for step in bar:
         # Batch and samples depend on seed and step alone, so a resumed run needs no random state
-        # to equal one that was never stopped, on the same device.
+        # to equal one that was never stopped, on the same device with the same micro-batches.
         batch = draw_batch(problems, step, cfg)
         torch.manual_seed(1_000_000 * cfg.seed + step)
         metrics, groups, guides = train_step(
