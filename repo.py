@@ -796,24 +796,27 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
 
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
 #
-# What it takes for right and for wrong is a table in test_repo.py, 240 rows long and easier to read
+# What it takes for right and for wrong is a table in test_repo.py, 260 rows long and easier to read
 # than the patterns. Those of `clean_rephrase`, too, have their texts there: kept, cut and refused.
 
 NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"; no longer than Fraction reads
     r"(?!.{1000})[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
     r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
 )
-UNIT = (  # a final \text{cm}^2 behind a digit, but no word that scales the number or goes on
+UNIT = (  # a final \text{cm}^2 behind a digit or \pi, but no word that scales the number or goes on
     # and no single letter but those that are a unit, as m and s
-    r"(?<=[0-9])(?<!_.)\\text\{(?![^{}]*\b(?:[^\WACFJLNVWghlms]|(?i:pi|and|or|to|not|no|is|at"
-    r"|than|plus|minus|over|less|choose|remainder|negative|bn|mn|mil|mio|grand|kilo|mega|giga"
-    r"|\w*illion\w*|thousand\w*|hundred\w*|lakhs?|crores?|doz|dozens?|scores?|gross|tens?|pairs?"
-    r"|couples?|times|twice|fold|doubled?|tripled?|squared|cubed|factorial|base|mod|point|cent"
-    r"|percent\w*|pct|pp|ppm|basis|bps|half|halves|thirds?|quarters?"
-    r"|\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th"
+    r"(?:(?<=[0-9])(?<!_.)|(?<=\\pi))\\text\{(?![^{}]*\b(?:[^\WACFJLNVWghlms]|(?i:pi|and|or|to|not"
+    r"|no|is|at|than|by|if|when|unless|except\w*|excluded|impossible|undefined|plus|minus|over"
+    r"|under|below|less|choose|rem|remainder|negative|root|squared|cubed|factorial|base|mod|modulo"
+    r"|binary|ternary|octal|hex\w*|repeating|recurring|periodic|approx\w*|rad|radians?|times|twice|fold"
+    r"|doubled?|tripled?|zero|ones?|twos?|three|four|five|six|seven|eight|nine|tens?|eleven|twelve"
+    r"|\w*teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundr\w*|thou|thousand\w*"
+    r"|\w*illi(?:on|ard)\w*|[bm]ln|[bmt]n|mil|mio|grand|kilo|mega|giga|lakhs?|crores?|doz|dozens?"
+    r"|scores?|gross|pairs?|couples?|point|cent|percent\w*|pct|pp|ppm|basis|bps|half|halves|thirds?"
+    r"|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th"
     r"))\b)[a-zA-Z][a-zA-Z ./²³-]*(?<! )\}(?:\^[23])?$"
 )
-NAME = r"[a-zA-Z]\(\w\)|\([a-zA-Z](?:, ?[a-zA-Z])+\)|\\?(?!(?i:not)=)[a-zA-Z]\w*"
+NAME = r"[a-zA-Z]\(\w\)|\([a-zA-Z](?:, ?[a-zA-Z])+\)|\\?(?!(?i:not)(?:=|\\in))[a-zA-Z](?a:\w*)"
 LABEL = rf"^(?:{NAME})(?:=(?!.*=)|\\in(?=[\[(\\]))|{UNIT}"  # x=, f(x)=, (x,y)=, x\in or a unit
 REWRITES = {  # pattern: replacement, one after the other, each on what the ones before it left
     "[−–]": "-",
@@ -832,12 +835,13 @@ REWRITES = {  # pattern: replacement, one after the other, each on what the ones
     r"([\^_])\{([0-9a-zA-Z])\}(?![0-9])": r"\1\2",  # x^{2}, but not x^{12}: x^12 is x^1 2
     r"\\[dt]frac": r"\\frac",
     r"\\(frac|sqrt)(?![a-zA-Z]) ?(\w)": r"\\\1{\2}",  # \sqrt34 is \sqrt{3}4
-    r"(\\frac\{[^{}]*\}) ?(\w)": r"\1{\2}",  # \frac{3}4
+    r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w)": r"\1{\2}",  # \frac{3}4
     r"(?<![^=])([+-]?)\\frac\{(-?[\w.\\]+)\}\{([0-9]+|[a-z]|\\[a-z]+)\}(?=\\text\{|$)": r"\1\2/\3",
     rf"(?!{UNIT})\\(?:text|mathbf|boldsymbol)\{{([^{{}}]*)\}}": r" \1 ",
     " +": " ",
     r" ?([^\w ,.}]) ?": r"\1",  # blanks that \text has left around signs: \text{Na}^+
     r"(?<=[0-9]) (?=[a-zA-Z](?![a-zA-Z]))": "",  # 2 x is 2x
+    r"(?<=[a-z])\.$": "",  # \text{Paris.}
     r"^\(?([A-J])[.)]*$": r"\1",  # a choice: (B), B) or B.
 }
 
@@ -866,7 +870,9 @@ def normalise(answer):
     if re.fullmatch(NUMBER, answer):
         return Fraction(answer.replace(",", "")), labels
     answer = re.sub(" ?, ?", ",", answer)
-    is_word = re.fullmatch("(?i:no)|(?!.*[a-z][A-Z])[a-zA-Z ]{3,}", answer)  # not CO, AaBb
+    is_word = re.fullmatch(
+        "(?i:no)|(?=.*[a-z]{2})(?!.*[a-zA-Z][A-Z])[a-zA-Z ]{3,}", answer
+    )  # not CO, AaBb
     return answer.casefold() if is_word else answer, labels
 
 

@@ -890,6 +890,9 @@ X^{2}+1 | x^{2}+1 | wrong
 paris | Paris | right
 \text{Paris} | Paris | right
 Paris or London | Paris | wrong
+\text{Paris.} | Paris | right
+ABC | abc | wrong
+x y z | X Y Z | wrong
 nan | nan | right
 0 | nan | wrong
 # signs
@@ -931,6 +934,17 @@ nan | nan | right
 5\text{ less} | 5 | wrong
 5\text{ remainder two} | 5 | wrong
 5\text{ minutes} | 5 | right
+101\text{ binary} | 101 | wrong
+0.3\text{ repeating} | 0.3 | wrong
+5\text{ hours thirty minutes} | 5 | wrong
+5\text{ out of twelve} | 5 | wrong
+2\text{ root three} | 2 | wrong
+3\text{ divided by five} | 3 | wrong
+2\text{ except zero} | 2 | wrong
+3\text{ milliard} | 3 | wrong
+60\text{ radians} | 60^\circ | wrong
+25\pi\text{ cm}^2 | 25\pi | right
+25\pi\text{ million} | 25\pi | wrong
 3\text{ square meters} | 3 | right
 \frac{3}{4}\text{ million} | 3/4 | wrong
 \frac34\text{ million} | \frac{3}{4}\text{ million} | right
@@ -963,6 +977,8 @@ x\leq 3 | x\le3 | right
 x\le3 | x\ge3 | wrong
 x\ne3 | 3 | wrong
 x\not=3 | 3 | wrong
+x²=9 | 9 | wrong
+\not\in[1,2] | [1,2] | wrong
 x= | x= | wrong
 # fractions and roots without braces take one character
 \frac34 | 3/4 | right
@@ -970,6 +986,7 @@ x= | x= | wrong
 \dfrac3{4} | 3/4 | right
 \frac 3 4 | 3/4 | right
 \tfrac{1}2 | 0.5 | right
+\frac{\sqrt3}2 | \frac{\sqrt{3}}{2} | right
 -\frac34 | -3/4 | right
 -\frac34 | 3/4 | wrong
 \frac1{12} | 1/12 | right
