@@ -7,9 +7,9 @@ trains that text as if the policy had found it alone. One step is `train_step`, 
 
     1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
     2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
-                   to write it anew; drawn greedily (ours), and cleaned of meta text
+                   to write it anew; by default greedily (ours), and cleaned of meta text
     3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout,
-                   provided that its own reward is higher (ours)
+                   provided that it earns more than that one (ours)
     4. Update      A_i = (R_i - mean R) / std R
                    r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
                    J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)     (Eq. 11)
@@ -93,7 +93,7 @@ class Config:
     temperature: float = 1.0
     """T: policy softmax(logits / T) [ours, ours: none reported]"""
     rephrase_temperature: float = 0.0
-    """of the drafts of o_rep; 0 is greedy, which gives sounder texts [ours, ours: none reported]"""
+    """T of o_rep; 0 is greedy, which gives sounder texts [ours, ours: none reported]"""
     guidance: str = "rephrase"
     """what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's own
     text, or none, which is GRPO [ours]"""
@@ -160,7 +160,7 @@ class Completion:
     tokens: list  # token ids, with the end token, which is trained too
     text: str  # the tokens as the reward reads them
     truncated: bool = False  # max_new_tokens came before an end token
-    sampler_logps: list = ()  # log π_old of each token as drawn, in nats; none for other texts
+    sampler_logps: list = ()  # log π_old of each token as drawn, in nats; [] if it was not
     old_logps: list = ()  # log π_old(·|q) by the update's first pass: the ratio's denominator
     reward: float = 0.0
     advantage: float = math.nan  # until its group has been compared
@@ -180,8 +180,9 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     """One step of RePO on `problems`, dicts of question, knowledge and answer. Trains in place.
 
     `reward_fn(text, answer)` gives a number, with δ between wrong and right; `reference` is the
-    π_ref of the KL term. Returns (metrics, the groups as trained, the guides: the texts that were
-    offered to open gates, each an o_rep, or with --guidance verbatim the expert's text).
+    π_ref of the KL term, in eval mode. Returns (metrics, the groups as trained, the guides: the
+    texts that were offered to open gates, each an o_rep, or with --guidance verbatim the expert's
+    text).
     """
     model.eval()  # with dropout the trained policy would not be the one that was sampled
 
@@ -398,9 +399,10 @@ def encode_prompt(tokenizer, text):
 
 
 def end_tokens(model, tokenizer):
-    """The ids that end a completion; the first is what the chat template writes after an answer.
+    """The ids that end a completion. The first, which the chat template writes after an answer, is
+    also the end of an expert's text.
 
-    That is `<end_of_turn>` for Gemma and `<|end|>` for Phi, where the tokenizer's EOS is another.
+    It is `<end_of_turn>` for Gemma and `<|end|>` for Phi, where the tokenizer's EOS is another.
     Raises: RepoError if there is none.
     """
     configured = model.generation_config.eos_token_id  # an id, several or None
@@ -452,8 +454,8 @@ def write_guides(model, tokenizer, problems, cfg, reward_fn):
 def rephrase(model, tokenizer, problems, cfg):
     """o_rep ~ π_old(·|P(q,k)) for each problem (Eq. 5), cleaned, as a completion of the plain q.
 
-    Drawn at a temperature of its own, by default greedily (ours): at T = 1 a small model loses its
-    way in the steps that it was shown. It ends with the draft's end token, if the draft has one.
+    By default drawn greedily (ours): at T = 1 a small model loses its way in the steps that it was
+    shown. It ends with the draft's end token, if the draft has one.
     """
     drafts = complete(
         model, tokenizer, cfg.rephrase_prompt, problems, 1, cfg.rephrase_temperature, cfg
@@ -507,6 +509,7 @@ def clean_rephrase(text):
     return "" if SOURCE.search(answer) else answer.strip()
 
 
+# What these keep, cut and refuse is a list of texts in test_repo.py, easier to read than they are.
 OUTSIDE = re.compile(  # thoughts, even if never opened or closed; control tokens spelled as text
     r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
     r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
@@ -559,7 +562,7 @@ def replace_worst(group, guide):
     reach δ. With rewards of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would
     join a group of zeros, which has no advantages. With graded rewards a worse guide would make the
     failures look good. An empty text, which is what a refused draft leaves, stays out whatever its
-    reward. As k shows the answer, a right one says little of the steps that lead there.
+    reward. As k shows the answer, a right guide may still reason wrongly.
     """
     worst = min(group, key=lambda o: o.reward)
     if guide.text and guide.reward > worst.reward:
@@ -733,10 +736,10 @@ def as_sampled(group):
 def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     """What a step shows, under TRL's names where it has one; None where there is nothing to see.
 
-    `hard` are the groups whose gate opened. Rollouts are taken as they were sampled, before any was
-    replaced. Each `logp/` is a mean per token under the plain q, in nats: `rollout` of all rollouts
-    of hard groups, `rephrase` of the rephrases trained, both before the update; `expert` of the
-    expert's text of each question that has a guide, after it, as step 4 never reads that text.
+    `hard` are the groups whose gate opened. Each `logp/` is a mean per token under the plain q, in
+    nats: `rollout` of all rollouts of hard groups, `rephrase` of the rephrases trained, both before
+    the update; `expert` of the expert's text of each question that has a guide, after it, in a pass
+    of its own.
     """
     sampled = [as_sampled(group) for group in groups]
     own = sum(sampled, [])
@@ -797,7 +800,7 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
 #
 # What it takes for right and for wrong is a table in test_repo.py, 260 rows long and easier to read
-# than the patterns. Those of `clean_rephrase`, too, have their texts there: kept, cut and refused.
+# than the patterns.
 
 NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"; no longer than Fraction reads
     r"(?!.{1000})[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
@@ -809,8 +812,8 @@ UNIT = (  # a final \text{cm}^2 behind a digit or \pi, but no word that scales t
     r"|no|is|at|than|by|if|when|unless|except\w*|excluded|impossible|undefined|plus|minus|over"
     r"|under|below|less|choose|rem|remainder|negative|root|squared|cubed|factorial|base|mod|modulo"
     r"|binary|ternary|octal|hex\w*|repeating|recurring|periodic|approx\w*|rad|radians?|times|twice"
-    r"|fold|doubled?|tripled?|zero|ones?|twos?|three|four|five|six|seven|eight|nine|tens?|eleven|twelve"
-    r"|\w*teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundr\w*|thou|thousand\w*"
+    r"|fold|doubled?|tripled?|zero|ones?|twos?|three|four|five|six|seven|eight|nine|tens?|eleven"
+    r"|twelve|\w*teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundr\w*|thou|thousand\w*"
     r"|\w*illi(?:on|ard)\w*|[bm]ln|[bmt]n|mil|mio|grand|kilo|mega|giga|lakhs?|crores?|doz|dozens?"
     r"|scores?|gross|pairs?|couples?|point|cent|percent\w*|pct|pp|ppm|basis|bps|half|halves|thirds?"
     r"|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th"
@@ -1118,7 +1121,7 @@ def train(run, cfg, reward_fn):
     """The run of the command line. What can be checked without the model is checked first.
 
     Raises: RepoError if --out cannot be written or --device used, if --out holds a run and --resume
-    is not given, if --steps are done already, or if no expert's text, to be injected verbatim, is
+    is not given, if more than --steps are done, or if no expert's text, to be injected verbatim, is
     rewarded.
     """
     out = Path(run.out)
