@@ -12,7 +12,8 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
+# No test reaches a hub; one thread each, also in a process of its own, is steady on a busy machine.
+os.environ |= dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ import run_tiny
 from repo import Config, RepoError, boxed_reward, encode_prompt
 
 DEVICE = repo.Run.device  # CUDA, where there is one
-torch.set_num_threads(1)  # steady on a busy machine
 transformers.utils.logging.disable_progress_bar()
 
 # --------------------------------------------------------------------------------------- helpers
