@@ -1127,7 +1127,7 @@ def test_a_million_characters_of_any_piece_take_linear_time(piece):
         repo.clean_rephrase,
     ):
         part = min(seconds(function, 125_000) for _ in range(3))
-        assert seconds(function, 1_000_000) < 30 * max(part, 0.01)
+        assert seconds(function, 1_000_000) < 30 * max(part, 0.03)
 
 
 BODY = "We add 3.5 and 4.\n\nSo it is \\boxed{7.5}."
