@@ -873,9 +873,8 @@ def normalise(answer):
     if re.fullmatch(NUMBER, answer):
         return Fraction(answer.replace(",", "")), labels
     answer = re.sub(" ?, ?", ",", answer)
-    is_word = re.fullmatch(
-        "(?i:no)|(?=.*[a-z]{2})(?!.*[a-zA-Z][A-Z])[a-zA-Z ]{3,}", answer
-    )  # not CO, AaBb
+    # Words may differ in their capitals; CO, AaBb and ABC are none.
+    is_word = re.fullmatch("(?i:no)|(?=.*[a-z]{2})(?!.*[a-zA-Z][A-Z])[a-zA-Z ]{3,}", answer)
     return answer.casefold() if is_word else answer, labels
 
 
