@@ -36,7 +36,6 @@ readers of the full text say (equation numbers too), `ours` our choice where we 
 
 import contextlib
 import copy
-import functools
 import glob
 import inspect
 import json
@@ -209,17 +208,15 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 # --------------------------------------------------------------------- three helpers throughout
 
 
-def timed(function):
-    """The function, and in its `.seconds` how long its last call took, for `step_metrics`."""
+SECONDS = {}  # how long the last call of each function that is `timed` took, for `step_metrics`
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        call.seconds = time.perf_counter() - start
-        return result
 
-    return call
+@contextlib.contextmanager
+def timed(metric):
+    """Decorates a function: SECONDS[metric] is how long its last call took."""
+    start = time.perf_counter()
+    yield
+    SECONDS[metric] = time.perf_counter() - start
 
 
 def mean(values):
@@ -236,7 +233,7 @@ def chunks(items, size):
 # ------------------------------------------------------------------------------------ 1. rollout
 
 
-@timed
+@timed("seconds/sample")
 def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
     """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
 
@@ -438,7 +435,7 @@ def autocast():
 # ----------------------------------------------------------------------------------- 2. rephrase
 
 
-@timed
+@timed("seconds/rephrase")
 def write_guides(model, tokenizer, problems, cfg, reward_fn):
     """Step 2: a text for each problem with its reward: o_rep, or by `cfg.guidance` the expert's own
     text, or none at all.
@@ -592,7 +589,7 @@ def group_advantages(rewards):
     return [(reward - average) / (deviation + 1e-6) for reward in rewards]
 
 
-@timed
+@timed("seconds/update")
 def update(model, optimizer, groups, cfg, reference=None):
     """Step 4 ends: `updates_per_batch` optimizer steps that raise J (Eq. 11). Returns metrics.
 
@@ -767,9 +764,7 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
         "logp/expert": mean(expert_logps),
         "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),
         "logp/rollout": mean(logp for o in hard_own for logp in o.sampler_logps),
-        "seconds/sample": rollout.seconds,
-        "seconds/rephrase": write_guides.seconds,
-        "seconds/update": update.seconds,
+        **SECONDS,
     }
 
 
