@@ -378,7 +378,7 @@ def encode_prompt(tokenizer, text):
     5.24). A thinking model is asked not to think.
     Raises: RepoError if the chat template opens a block of thoughts all the same.
     """
-    if not getattr(tokenizer, "chat_template", None):  # a base model
+    if not tokenizer.chat_template:  # a base model
         # After the line break at its end an answer begins without a blank, so that a text encoded
         # alone (`as_completion`) has the tokens that sampling would give.
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
@@ -404,7 +404,7 @@ def end_tokens(model, tokenizer):
     """
     configured = model.generation_config.eos_token_id  # an id, several or None
     ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    if getattr(tokenizer, "chat_template", None):
+    if tokenizer.chat_template:
         _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
         _, _, after = shown.partition("4242.")  # no template has a 4242 of its own
         after = tokenizer(after, add_special_tokens=False).input_ids
