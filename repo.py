@@ -1159,8 +1159,7 @@ def train(run, cfg, reward_fn):
     for log, text in zip(logs, texts):
         log.write_text(text)  # a killed run may be past its checkpoint
 
-    bar = tqdm(range(done, run.steps), initial=done, total=run.steps, disable=None)
-    for step in bar:
+    for step in tqdm(range(done, run.steps), initial=done, total=run.steps, disable=None):
         # Batch and samples depend on seed and step alone, so a resumed run needs no random state
         # to equal one that was never stopped, on the same device with the same micro-batches.
         batch = draw_batch(problems, step, cfg)
@@ -1171,10 +1170,7 @@ def train(run, cfg, reward_fn):
         append(metrics_log, {"step": step, **metrics})
         if guides:
             append(episodes_log, {"step": step, **episode(groups, guides)})
-        shown = {"reward": metrics["reward"], "injections": metrics["injections"]}
-        bar.set_postfix(shown)
-        if bar.disable:  # the output is no terminal
-            print(f"step {step}: {shown}")
+        tqdm.write(f"step {step}: reward {metrics['reward']}, injections {metrics['injections']}")
         if step + 1 == run.steps or (run.save_every and (step + 1) % run.save_every == 0):
             save_checkpoint(checkpoint, logs, model, optimizer, settings)
 
