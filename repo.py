@@ -1095,12 +1095,11 @@ def load_checkpoint(file, settings):
     """
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     then = state["settings"]
-    for name in (then | settings).keys() - MAY_CHANGE:
-        old, new = then.get(name), settings.get(name)
-        if old != new:
+    for name, _ in then.items() ^ settings.items():  # what is not in both
+        if name not in MAY_CHANGE:
             raise RepoError(
-                f"{file} was made with {name} = {old!r}, now it is {new!r}; change it back or "
-                "choose another --out"
+                f"{file} was made with {name} = {then.get(name)!r}, now it is "
+                f"{settings.get(name)!r}; change it back or choose another --out"
             )
     return state
 
