@@ -610,24 +610,24 @@ def update(model, optimizer, groups, cfg, reference=None):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
             policy = token_logps(model, batch, cfg.temperature)
-            if cfg.kl_beta:
-                with torch.no_grad():
-                    fixed = token_logps(reference, batch, cfg.temperature)
             loss = 0.0
-            for n, (o, logps) in enumerate(zip(batch, policy)):
+            for o, logps in zip(batch, policy):
                 # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
                 # (Eq. 11). It is read off the first pass, before any weight moves (ours): that
                 # costs nothing, and no other code path can disturb the ratio.
                 o.old_logps = o.old_logps or logps.tolist()
                 old_logps = logps.new_tensor(o.old_logps)
                 loss_o, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
-                if cfg.kl_beta:
-                    kl = kl_loss(logps, fixed[n])
-                    loss_o = loss_o + cfg.kl_beta * kl
-                    kls.append(kl.item())
-                loss = loss + loss_o / len(completions)
+                loss += loss_o
                 clipped += acts.tolist()
-            loss.backward()
+            if cfg.kl_beta:
+                with torch.no_grad():
+                    fixed = token_logps(reference, batch, cfg.temperature)
+                for logps, reference_logps in zip(policy, fixed):
+                    kl = kl_loss(logps, reference_logps)
+                    loss += cfg.kl_beta * kl
+                    kls.append(kl.item())
+            (loss / len(completions)).backward()
         difference = sampler_diff(trained)  # always of the first pass; stops before a weight moves
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
