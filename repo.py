@@ -724,9 +724,9 @@ def sampler_diff(completions):
 # -------------------------------------------------------------------------------- what is measured
 
 
-def as_sampled(group):
-    """The rollouts of a group as they were sampled, before any was replaced."""
-    return [o.replaced or o for o in group]
+def as_sampled(completions):
+    """The rollouts of a group, or of several, as they were sampled, before any was replaced."""
+    return [o.replaced or o for o in completions]
 
 
 @torch.no_grad()
@@ -740,7 +740,7 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     """
     sampled = [as_sampled(group) for group in groups]
     own = sum(sampled, [])
-    hard_own = sum(map(as_sampled, hard), [])
+    hard_own = as_sampled(sum(hard, []))
     experts = expert_completions(model, tokenizer, [o.problem for o in guides], cfg)
     expert_logps = [
         logp
