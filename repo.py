@@ -697,7 +697,7 @@ def micro_batches(completions, max_tokens):
     never.
     """
     completions = sorted(completions, key=lambda o: len(o.ids), reverse=True)
-    rows = max(1, max_tokens // len(completions[0].ids)) if completions else 1
+    rows = max(1, max_tokens // len(completions[0].ids))
     return chunks(completions, rows)
 
 
@@ -744,8 +744,8 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     experts = expert_completions(model, tokenizer, [o.problem for o in guides], cfg)
     expert_logps = [
         logp
-        for batch in micro_batches(experts, cfg.micro_batch_tokens)
-        for logps in token_logps(model, batch, cfg.temperature)
+        for o in experts
+        for logps in token_logps(model, [o], cfg.temperature)
         for logp in logps.tolist()
     ]
     rephrases = guides if cfg.guidance == "rephrase" else []
