@@ -696,7 +696,7 @@ def micro_batches(completions, max_tokens):
     longest lets into `max_tokens`, at least one. The longest come first: memory runs out at once or
     never.
     """
-    completions = sorted(completions, key=lambda o: len(o.ids), reverse=True)
+    completions = sorted(completions, key=lambda o: -len(o.ids))
     rows = max(1, max_tokens // len(completions[0].ids))
     return chunks(completions, rows)
 
