@@ -54,8 +54,6 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from torch.distributions import Categorical
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -329,7 +327,7 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 cache.reorder_cache(index)  # selects rows, one also several times
                 logits, mask = logits[index], mask[index]
 
-            policy = Categorical(logits=logits / (temperature or 1.0), validate_args=False)
+            policy = torch.distributions.Categorical(logits=logits / (temperature or 1.0))
             tokens = policy.sample() if temperature else policy.mode  # [texts]
             drawn_logps = policy.log_prob(tokens)  # [texts]
             for (ids, logps), token, logp in zip(texts, tokens.tolist(), drawn_logps.tolist()):
@@ -419,7 +417,7 @@ def end_tokens(model, tokenizer):
 def pad(rows, side, device):
     """Lists of unequal lengths as one tensor [B, longest], filled up with 0 on the side given."""
     tensors = [torch.tensor(row, device=device) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_side=side)
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
 
 
 def autocast():
