@@ -272,14 +272,13 @@ def complete(model, tokenizer, template, problems, num_samples, temperature, cfg
     prompts = [encode_prompt(tokenizer, fill(template, problem)) for problem in problems]
     ends = end_tokens(model, tokenizer)
     drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, ends)
-    groups = []
-    for problem, prompt, group in zip(problems, prompts, chunks(drawn, num_samples)):
-        groups.append([])
-        for ids, logps in group:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            truncated = ids[-1] not in ends
-            groups[-1].append(Completion(problem, prompt, ids, text, truncated, logps))
-    return groups
+    completions = []
+    for i, (ids, logps) in enumerate(drawn):
+        n = i // num_samples
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        truncated = ids[-1] not in ends
+        completions.append(Completion(problems[n], prompts[n], ids, text, truncated, logps))
+    return chunks(completions, num_samples)
 
 
 @torch.no_grad()
