@@ -816,27 +816,23 @@ LABEL = rf"^(?:{NAME})(?:=(?!.*=)|\\in(?=[\[(\\]))|{UNIT}"  # x=, f(x)=, (x,y)=,
 REWRITES = {  # pattern: replacement, one after the other, each on what the ones before it left
     "[−–]": "-",
     r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})": ",",  # 1{,}000 and 1\,000
-    r"\\(?:displaystyle|q?quad|[bB]igg?[lr]?)(?![a-zA-Z])|\\(?:left|right)(?![a-z])\.?": " ",
-    r"(?<!\\)\\[,;:!$% ]|[$~]": " ",
-    r"[%°]|\^ ?\\circ|\^ ?\{\\circ\}|\\degree": " ",
-    r"\s+": " ",
+    r"(?:\\(?:displaystyle|q?quad|[bB]igg?[lr]?)(?![a-zA-Z])|\\(?:left|right)(?![a-z])\.?"
+    r"|(?<!\\)\\[,;:!$% ]|\^ ?(?:\\circ|\{\\circ\})|\\degree|[%°$~\s])+": " ",
     r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.]) ?": r"\1",  # blanks around signs, and in \pm 3
-    r"(?<![\w)}])\+(?=\\infty)": "",  # (3,+\infty)
-    r"\.$": "",
+    r"(?<![\w)}])\+(?=\\infty)"  # (3,+\infty)
+    r"|(?<=\\[gln]e)q(?:slant)?(?![a-zA-Z])"  # \leq is \le
+    r"|(?<=\\)[dt](?=frac)|\.$": "",
     r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$": r"\1",  # {{42}}
     r"\{bmatrix\}": "{pmatrix}",
-    r"(\\[gln]e)q(?:slant)?(?![a-zA-Z])": r"\1",  # \leq is \le
     r"\\(?:mathrm|mbox|text(?:bf|it|rm))(?=\{)": r"\\text",
     r"([\^_])\{([0-9a-zA-Z])\}(?![0-9])": r"\1\2",  # x^{2}, but not x^{12}: x^12 is x^1 2
-    r"\\[dt]frac": r"\\frac",
     r"\\(frac|sqrt)(?![a-zA-Z]) ?(\w)": r"\\\1{\2}",  # \sqrt34 is \sqrt{3}4
     r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w)": r"\1{\2}",  # \frac{3}4
     r"(?<![^=])([+-]?)\\frac\{(-?[\w.\\]+)\}\{([0-9]+|[a-z]|\\[a-z]+)\}(?=\\text\{|$)": r"\1\2/\3",
     rf"(?!{UNIT})\\(?:text|mathbf|boldsymbol)\{{([^{{}}]*)\}}": r" \1 ",
     " +": " ",
     r" ?([^\w ,.}]) ?": r"\1",  # blanks that \text has left around signs: \text{Na}^+
-    r"(?<=[0-9]) (?=[a-zA-Z](?![a-zA-Z]))": "",  # 2 x is 2x
-    r"(?<=[a-z])\.$": "",  # \text{Paris.}
+    r"(?<=[0-9]) (?=[a-zA-Z](?![a-zA-Z]))|(?<=[a-z])\.$": "",  # 2 x is 2x; \text{Paris.}
     r"^\(?([A-J])[.)]*$": r"\1",  # a choice: (B), B) or B.
 }
 
