@@ -798,19 +798,22 @@ NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"; no longer tha
     r"(?!.{1000})[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
     r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
 )
-UNIT = (  # a final \text{cm}^2 behind a digit or \pi, but no word that scales the number or goes on
-    # and no single letter but those that are a unit, as m and s
-    r"(?:(?<=[0-9])(?<!_.)|(?<=\\pi))\\text\{(?![^{}]*\b(?:[^\WACFJLNVWghlms]|(?i:pi|and|or|to|not"
-    r"|no|is|at|than|by|if|when|unless|except\w*|excluded|impossible|undefined|plus|minus|over"
-    r"|under|below|less|choose|rem|remainder|negative|root|squared|cubed|factorial|base|mod|modulo"
-    r"|binary|ternary|octal|hex\w*|repeating|recurring|periodic|approx\w*|rad|radians?|times|twice"
-    r"|fold|doubled?|tripled?|zero|ones?|twos?|three|four|five|six|seven|eight|nine|tens?|eleven"
-    r"|twelve|\w*teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundr\w*|thou|thousand\w*"
-    r"|\w*illi(?:on|ard)\w*|[bm]ln|[bmt]n|mil|mio|grand|kilo|mega|giga|lakhs?|crores?|doz|dozens?"
-    r"|scores?|gross|pairs?|couples?|point|cent|percent\w*|pct|pp|ppm|basis|bps|half|halves|thirds?"
-    r"|quarters?|\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th"
-    r"))\b)[a-zA-Z][a-zA-Z ./²³-]*(?<! )\}(?:\^[23])?$"
-)
+UNIT = r"""(?x:  # a final \text{cm}^2 behind a digit or \pi, but
+(?:(?<=[0-9])(?<!_.)|(?<=\\pi))\\text\{(?![^{}]*\b(?:
+    # no single letter that is no unit, as m and s are
+    [^\WACFJLNVWghlms]
+    # no word that goes on
+    |(?i:pi|and|or|to|not|no|is|at|than|by|if|when|unless|except\w*|excluded|impossible|undefined
+    |plus|minus|over|under|below|less|choose|rem|remainder|negative|root|squared|cubed|factorial
+    |base|mod|modulo|binary|ternary|octal|hex\w*|repeating|recurring|periodic|approx\w*
+    # and none that scales the number
+    |rad|radians?|times|twice|fold|doubled?|tripled?|zero|ones?|twos?|three|four|five|six|seven
+    |eight|nine|tens?|eleven|twelve|\w*teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundr\w*
+    |thou|thousand\w*|\w*illi(?:on|ard)\w*|[bm]ln|[bmt]n|mil|mio|grand|kilo|mega|giga|lakhs?
+    |crores?|doz|dozens?|scores?|gross|pairs?|couples?|point|cent|percent\w*|pct|pp|ppm|basis|bps
+    |half|halves|thirds?|quarters?
+    |\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th)
+)\b)[a-zA-Z][a-zA-Z ./²³-]*(?<![ ])\}(?:\^[23])?$)"""
 NAME = r"[a-zA-Z]\(\w\)|\([a-zA-Z](?:, ?[a-zA-Z])+\)|\\?(?!(?i:not)(?:=|\\in))[a-zA-Z](?a:\w*)"
 LABEL = rf"^(?:{NAME})(?:=(?!.*=)|\\in(?=[\[(\\]))|{UNIT}"  # x=, f(x)=, (x,y)=, x\in or a unit
 REWRITES = {  # pattern: replacement, one after the other, each on what the ones before it left
