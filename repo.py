@@ -782,11 +782,12 @@ def episode(groups, guides):
 def accuracy(model, tokenizer, problems, cfg, reward_fn):
     """The share of problems, 0 to 1, whose greedy completion does not fail."""
     model.eval()
-    groups = []
-    size = cfg.batch_size * cfg.group_size
-    for part in tqdm(chunks(problems, size), "accuracy", leave=False, disable=None):
-        groups += rollout(model, tokenizer, part, 1, 0.0, cfg, reward_fn)
-    return mean(o.reward >= cfg.fail_threshold for (o,) in groups)
+    parts = chunks(problems, cfg.batch_size * cfg.group_size)
+    return mean(
+        o.reward >= cfg.fail_threshold
+        for part in tqdm(parts, "accuracy", leave=False, disable=None)
+        for (o,) in rollout(model, tokenizer, part, 1, 0.0, cfg, reward_fn)
+    )
 
 
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
