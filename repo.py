@@ -795,10 +795,13 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
 # What it takes for right and for wrong is a table in test_repo.py, 260 rows long and easier to read
 # than the patterns.
 
-NUMBER = (  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"; no longer than Fraction reads
-    r"(?!.{1000})[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?"
-    r"|\.[0-9]+|[0-9]+/0*[1-9][0-9]*)"
-)
+NUMBER = r"""(?x)  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"
+(?!.{1000})  # no longer than Fraction reads
+[+-]?(?:
+    (?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?
+    |\.[0-9]+
+    |[0-9]+/0*[1-9][0-9]*
+)"""
 UNIT = r"""(?x:  # a final \text{cm}^2 behind a digit or \pi, but
 (?:(?<=[0-9])(?<!_.)|(?<=\\pi))\\text\{(?![^{}]*\b(?:
     # no single letter that is no unit, as m and s are
