@@ -492,27 +492,27 @@ def clean_rephrase(text):
     ours.
     """
     text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
-    text = next(filter(str.strip, OUTSIDE.split(text)), "")
-    sentences = SENTENCE.findall(text)
+    text = next(filter(str.strip, re.split(OUTSIDE, text)), "")
+    sentences = re.findall(SENTENCE, text)
     kept = [
         n
-        for n, s in enumerate(sentences)
-        if FACT.search(s) or not (CHATTER.search(s) or SOURCE.search(s))
+        for n, sentence in enumerate(sentences)
+        if re.search(FACT, sentence) or not re.search(CHATTER, sentence)
     ]
     answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
-    return "" if SOURCE.search(answer) else answer.strip()
+    return "" if re.search(SOURCE, answer) else answer.strip()
 
 
 # What these keep, cut and refuse is a list of texts in test_repo.py, easier to read than they are.
-OUTSIDE = re.compile(  # thoughts, even if never opened or closed; control tokens spelled as text
+OUTSIDE = (  # thoughts, even if never opened or closed; control tokens spelled as text
     r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
     r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
 )
-SENTENCE = re.compile(  # with the "2." or "Note:" before it
+SENTENCE = (  # with the "2." or "Note:" before it
     r"[ \t*_#>(-]*(?:\d+\.|\w+:)?.*?(?:[.!?:][*_)\"'”’]*(?=\s)|\n|$)"
 )
 SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
-SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it anew
+SOURCE = (  # speaks of the solution that was shown, or of writing it anew
     r"(?i)\b(?:my|our|your) own words\b|\bsolve (?:it|the problem) anew\b"
     r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b"
     r"(?! (?:the|this) (?:problem|question|condition|equation|expression|statement)| as)"
@@ -529,9 +529,10 @@ SOURCE = re.compile(  # speaks of the solution that was shown, or of writing it 
     r"|(?:according to|(?:as )?per|based on|match\w*|agree\w* with|consistent with|follow\w*"
     rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
 )
-FACT = re.compile(r"[\d=\\][^:\d=\\]*$")  # a digit, = or \; but "Step 2:" only announces one
-CHATTER = re.compile(  # harmless in the middle, but no beginning or end of an answer
-    r"(?i)^(?:[^\w\\$`|()\[\]{}]|_)*$"
+FACT = r"[\d=\\][^:\d=\\]*$"  # a digit, = or \; but "Step 2:" only announces one
+CHATTER = (  # no beginning or end of an answer; all but SOURCE is harmless in the middle
+    rf"{SOURCE}"  # begins with (?i)
+    r"|^(?:[^\w\\$`|()\[\]{}]|_)*$"
     r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
     r"|^\W*(?:\w[\w ]*[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
     rf"(?:version|{SOLUTION})[^=\\\d]*$"
