@@ -508,9 +508,8 @@ OUTSIDE = (  # thoughts, even if never opened or closed; control tokens spelled 
     r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
     r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
 )
-SENTENCE = (  # with the "2." or "Note:" before it
-    r"[ \t*_#>(-]*(?:\d+\.|\w+:)?.*?(?:[.!?:][*_)\"'”’]*(?=\s)|\n|$)"
-)
+# With the "2." or "Note:" before it.
+SENTENCE = r"[ \t*_#>(-]*(?:\d+\.|\w+:)?.*?(?:[.!?:][*_)\"'”’]*(?=\s)|\n|$)"
 SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
 SOURCE = (  # speaks of the solution that was shown, or of writing it anew
     r"(?i)\b(?:my|our|your) own words\b|\bsolve (?:it|the problem) anew\b"
