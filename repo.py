@@ -34,7 +34,6 @@ readers of the full text say (equation numbers too), `ours` our choice where we 
     python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --out out
 """
 
-import contextlib
 import copy
 import glob
 import inspect
@@ -48,6 +47,7 @@ import sys
 import time
 import warnings
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -209,7 +209,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 SECONDS = {}  # how long the last call of each function that is `timed` took, for `step_metrics`
 
 
-@contextlib.contextmanager
+@contextmanager
 def timed(metric):
     """Decorates a function: SECONDS[metric] is how long its last call took."""
     start = time.perf_counter()
@@ -920,7 +920,7 @@ class Run:
     """cuda, cuda:1, cpu ..."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def explaining(what, advice):
     """Whatever a library raises in the block ends in a RepoError of one line."""
     try:
