@@ -1158,7 +1158,7 @@ def train(run, cfg, reward_fn):
     for log, text in zip(logs, texts):
         log.write_text(text)  # a killed run may be past its checkpoint
 
-    for step in tqdm(range(done, run.steps), initial=done, total=run.steps, disable=None):
+    for step in tqdm(range(done, run.steps), disable=None):
         # Batch and samples depend on seed and step alone, so a resumed run needs no random state
         # to equal one that was never stopped, on the same device with the same micro-batches.
         batch = draw_batch(problems, step, cfg)
