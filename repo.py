@@ -935,8 +935,10 @@ def load_model(name, device):
 
     Raises: RepoError if they cannot be loaded, are not whole or do not belong together.
     """
-    advice = "give a hub name, or a folder that save_pretrained has written"
-    with explaining(f"{name!r} is no causal language model to load", advice):
+    with explaining(
+        f"{name!r} is no causal language model to load",
+        "give a hub name, or a folder that save_pretrained has written",
+    ):
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="float32",
