@@ -735,8 +735,7 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     the update; `expert` of the expert's text of each question that has a guide, after it, in a pass
     of its own.
     """
-    sampled = [as_sampled(group) for group in groups]
-    own = sum(sampled, [])
+    own = as_sampled(sum(groups, []))
     hard_own = as_sampled(sum(hard, []))
     experts = expert_completions(model, tokenizer, [o.problem for o in guides], cfg)
     expert_logps = [
@@ -750,7 +749,9 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     return {
         "reward": mean(o.reward for o in own),
         "entropy": -mean(logp for o in own for logp in o.sampler_logps),  # estimated, in nats
-        "frac_reward_zero_std": mean(len({o.reward for o in group}) == 1 for group in sampled),
+        "frac_reward_zero_std": mean(
+            len({o.reward for o in as_sampled(group)}) == 1 for group in groups
+        ),
         "completions/mean_length": mean(len(o.tokens) for o in own),
         "completions/clipped_ratio": mean(o.truncated for o in own),
         "injections": sum(guide.replaced is not None for guide in guides),
