@@ -847,10 +847,9 @@ REWRITES = {  # pattern: replacement, one after the other, each on what the ones
 
 def last_boxed(text):
     r"""What the last `\boxed{...}` holds, inner braces included; "" if none or never closed."""
-    _, found, tail = text.rpartition(r"\boxed")
-    tail = tail.lstrip() if found else ""
+    *before, tail = re.split(r"\\boxed\s*", text)
     depth = 0
-    for i, char in enumerate(tail):
+    for i, char in enumerate(tail if before else ""):
         depth += (char == "{") - (char == "}")
         if depth <= 0:  # the end, or no brace to begin with
             return tail[1:i]
