@@ -977,9 +977,9 @@ def as_text(value):
     """What a cell says: text, an integer, or the one turn of a chat besides the system's."""
     match value:
         case [{"content": str(turn)}] | [{"role": "system"}, {"content": str(turn)}]:
-            return turn.strip()
+            value = turn
         case None | list():
-            return ""
+            value = ""
     return str(value).strip()
 
 
