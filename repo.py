@@ -1193,8 +1193,9 @@ def with_help(settings):
 
 def main(argv=None, reward_fn=boxed_reward):
     """Parses the flags and trains; a RepoError ends in its message alone."""
-    description = __doc__.partition("\n")[0]
-    parser = HfArgumentParser([with_help(Run), with_help(Config)], description=description)
+    parser = HfArgumentParser(
+        [with_help(Run), with_help(Config)], description=__doc__.partition("\n")[0]
+    )
     try:
         flags = parser.parse_args(argv)  # ends with a usage line at an unknown flag
         train(*parser.parse_dict(vars(flags)), reward_fn)
