@@ -805,13 +805,12 @@ NUMBER = r"""(?x)  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"
 )"""
 UNIT = r"""(?x:  # a final \text{cm}^2 behind a digit or \pi, but
 (?:(?<=[0-9])(?<!_.)|(?<=\\pi))\\text\{(?![^{}]*\b(?:
-    # no single letter that is no unit, as m and s are
+    # no single letter but those that are units, as m and s
     [^\WACFJLNVWghlms]
-    # no word that goes on
+    # and no word that makes another answer of it, as a sign, a base or a scale does
     |(?i:pi|and|or|to|not|no|is|at|than|by|if|when|unless|except\w*|excluded|impossible|undefined
     |plus|minus|over|under|below|less|choose|rem|remainder|negative|root|squared|cubed|factorial
     |base|mod|modulo|binary|ternary|octal|hex\w*|repeating|recurring|periodic|approx\w*
-    # and none that scales the number
     |rad|radians?|times|twice|fold|doubled?|tripled?|zero|ones?|twos?|three|four|five|six|seven
     |eight|nine|tens?|eleven|twelve|\w*teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundr\w*
     |thou|thousand\w*|\w*illi(?:on|ard)\w*|[bm]ln|[bmt]n|mil|mio|grand|kilo|mega|giga|lakhs?
