@@ -1,9 +1,10 @@
 r"""RePO: Rephrasing Policy Optimization (arXiv 2602.10819), a reference implementation in one file.
 
-The policy π_θ is a language model. A question q comes with an expert's solution k (the knowledge)
-and an answer that can be checked. Where all rollouts of a question fail, their advantages are all 0
-and GRPO learns nothing. RePO shows k to the policy, lets it write the solution in its own words and
-trains that text as if the policy had found it alone. One step is `train_step`, after the settings:
+The policy π_θ is a language model, and π_old is π_θ as the step finds it. A question q comes with
+an expert's solution k (the knowledge) and an answer that can be checked. Where all rollouts of a
+question fail, their advantages are all 0 and GRPO learns nothing. RePO shows k to the policy, lets
+it write the solution in its own words and trains that text as if the policy had found it alone.
+One step is `train_step`, after the settings:
 
     1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
     2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
@@ -11,10 +12,11 @@ trains that text as if the policy had found it alone. One step is `train_step`, 
     3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout,
                    provided that it earns more than that one (ours)
     4. Update      A_i = (R_i - mean R) / std R
-                   r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
-                   J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)     (Eq. 11)
+                   r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)             (Eq. 11)
+                   J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)
                    averaged over the questions, and less β KL where it is asked for;
-                   o_rep stands under the plain q here, never under P(q,k): no hint is left
+                   o_rep stands under the plain q here, never under P(q,k), which wrote it: no hint
+                   is left, and "on-policy", as the paper has it, is not literally true
 
 With rewards of 0 and 1, ρ = 1 and one update a batch this becomes simple: every ratio is 1, the
 clip never acts, and in an injected group o_rep has the advantage (G-1)/√G and each failure -1/√G
@@ -110,8 +112,8 @@ class Config:
     """a longer gradient is scaled down to this [ours, ours]"""
     micro_batch_tokens: int = 4096
     """tokens, padding included, in one pass of the update; changes speed and memory, not the
-    gradient. Memory: 16 bytes a weight, and for each of these tokens about 3.4 MB with 0.5 B
-    weights, 5.2 with 1.5 B, 8.9 with 4 B [ours, ours]"""
+    gradient. Memory: 16 bytes a weight (20 with beta), and for each of these tokens about 3.4 MB
+    with 0.5 B weights, 5.2 with 1.5 B, 8.9 with 4 B [ours, ours]"""
     question_prompt: str = QUESTION_PROMPT
     """q as a user's turn [ours, ours]"""
     rephrase_prompt: str = REPHRASE_PROMPT
@@ -121,7 +123,7 @@ class Config:
 
     def __post_init__(self):
         """Raises: RepoError for a value with which nothing could be learnt."""
-        rules = {
+        rules = {  # "field: what is demanded of it"
             "group_size: at least 2, or there is nothing to compare": self.group_size >= 2,
             "batch_size: at least 1": self.batch_size >= 1,
             "max_new_tokens: at least 1": self.max_new_tokens >= 1,
@@ -157,7 +159,9 @@ class Completion:
     tokens: list  # token ids, with the end token, which is trained too
     text: str  # the tokens as the reward reads them
     truncated: bool = False  # max_new_tokens came before an end token
-    sampler_logps: list = ()  # log π_old of each token as drawn, in nats; [] if it was not
+    sampler_logps: (
+        list
+    ) = ()  # log π_old of each token drawn, in nats: to compare, never in the loss
     old_logps: list = ()  # log π_old(·|q) by the update's first pass: the ratio's denominator
     reward: float = 0.0
     advantage: float = math.nan  # until its group has been compared
@@ -191,7 +195,8 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     hard = [group for group in groups if gate_opens(group, cfg)]
     guides = write_guides(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
 
-    # 3. Injection: o_rep takes the place of the worst rollout, in `group` itself.
+    # 3. Injection: o_rep takes the place of the worst rollout, in the group itself, which `groups`
+    #    holds too.
     for group, guide in zip(hard, guides):  # no guides with --guidance none
         replace_worst(group, guide)
 
@@ -211,7 +216,7 @@ SECONDS = {}  # how long the last call of each function that is `timed` took, fo
 
 @contextmanager
 def timed(metric):
-    """Decorates a function: SECONDS[metric] is how long its last call took."""
+    """For the line above a function: SECONDS[metric] is how long its last call took."""
     start = time.perf_counter()
     yield
     SECONDS[metric] = time.perf_counter() - start
@@ -235,9 +240,9 @@ def chunks(items, size):
 def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
     """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
 
-    `accuracy` asks for one greedy sample instead of G at T.
-    Raises: RepoError if most begin with thoughts. A rephrase has none, and training on it would
-    teach the model to skip them (ours).
+    (G and T at hand, as `accuracy` asks for one greedy sample instead.)
+    Raises: RepoError if most begin with thoughts. A rephrase has none, and training on rephrases
+    would teach the model to skip them (ours).
     """
     groups = complete(
         model, tokenizer, cfg.question_prompt, problems, num_samples, temperature, cfg
@@ -296,8 +301,9 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
     positions = mask.cumsum(1) - mask  # of a real token: as many as stand before it
     cache = None
-    # Text i goes on from row source[i] of the cache. With two prompts of three samples each, where
-    # later the second text ends:
+    # Text i goes on from row source[i] of the last pass. Rows are rearranged after a pass: after
+    # the first one, where a prompt's row goes to all its samples, and later to drop the texts that
+    # ended before it. Two prompts of three samples each, where later the second text ends:
     #     0 0 0 1 1 1    the samples of a prompt share its row
     #     0 2 3 4 5      row 1 went through one more pass with the others, and is dropped
     source = [n for n in range(len(prompts)) for _ in range(num_samples)]
@@ -349,9 +355,10 @@ def fill(template, problem):
 
 
 def chat(tokenizer, *contents):
-    """(turns of user, assistant, user in the first shape that the template takes, their text).
+    """The turns, in the first shape that the template takes, and the text that it makes of them.
 
-    A prompt is one turn; three show how a template closes the assistant's (`end_tokens`).
+    `contents` are of user, assistant and user in turn: one for a prompt, three for `end_tokens`,
+    which looks at how the template closes the assistant's.
     Raises: RepoError if it refuses all shapes or leaves out what the user says.
     """
     roles = ("user", "assistant", "user")
@@ -376,8 +383,8 @@ def encode_prompt(tokenizer, text):
     Raises: RepoError if the chat template opens a block of thoughts all the same.
     """
     if not tokenizer.chat_template:  # a base model
-        # After the line break at its end an answer begins without a blank, so that a text encoded
-        # alone (`as_completion`) has the tokens that sampling would give.
+        # After the line break at its end an answer begins without a blank, as does a text encoded
+        # alone (`as_completion`).
         ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
     turns, _ = chat(tokenizer, text)
@@ -393,10 +400,10 @@ def encode_prompt(tokenizer, text):
 
 
 def end_tokens(model, tokenizer):
-    """The ids that end a completion. The first, which the chat template writes after an answer, is
-    also the end of an expert's text.
+    """The ids that end a completion; the first is put at the end of an expert's text.
 
-    It is `<end_of_turn>` for Gemma and `<|end|>` for Phi, where the tokenizer's EOS is another.
+    That is what the chat template writes after an answer (`<end_of_turn>` for Gemma, `<|end|>` for
+    Phi, whose EOS is another token), else the EOS.
     Raises: RepoError if there is none.
     """
     configured = model.generation_config.eos_token_id  # an id, several or None
@@ -422,8 +429,8 @@ def pad(rows, side, device):
 def autocast():
     """On CUDA bf16 matrix products, and so bf16 logits, over fp32 weights; elsewhere fp32.
 
-    In bf16 weights a step of 1e-6 would vanish. The softmax is always taken in fp32. Cards that
-    only emulate bf16 (T4, V100) are quicker in fp32.
+    In bf16 weights a step of 1e-6 would vanish. The softmax over the vocabulary is always taken in
+    fp32. Cards that only emulate bf16 (T4, V100) are quicker in fp32.
     """
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16, enabled=bf16)  # does nothing to a model on a CPU
@@ -473,8 +480,7 @@ def as_completion(tokenizer, problem, text, end, cfg):
     """A text from elsewhere as a completion of the plain question, never of P(q,k) (Eq. 11).
 
     It is encoded as what follows a prompt: no BOS, nothing in it becomes a control token, and the
-    ids in `end` close it; without them it is truncated. One rule for all: encoded anew even where
-    cleaning changed nothing.
+    ids in `end` close it; without them it is truncated.
     """
     prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problem))
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -492,7 +498,7 @@ def clean_rephrase(text):
     ours.
     """
     text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
-    text = next(filter(str.strip, re.split(OUTSIDE, text)), "")
+    text = next(filter(str.strip, re.split(OUTSIDE, text)), "")  # 1 and 2
     sentences = re.findall(SENTENCE, text)
     kept = [
         n
@@ -508,7 +514,7 @@ OUTSIDE = (  # thoughts, even if never opened or closed; control tokens spelled 
     r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
     r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
 )
-# With the "2." or "Note:" before it.
+# A sentence, with the "2." or "Note:" before it.
 SENTENCE = r"[ \t*_#>(-]*(?:\d+\.|\w+:)?.*?(?:[.!?:][*_)\"'”’]*(?=\s)|\n|$)"
 SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
 SOURCE = (  # speaks of the solution that was shown, or of writing it anew
@@ -553,10 +559,10 @@ def replace_worst(group, guide):
     """Puts the guide, o_rep, in the place of the group's lowest reward (reported).
 
     Ties go to the first, and only a guide of a higher reward goes in (both ours); it need not
-    reach δ. With rewards of 0 and 1 and ρ = 1 the second rule changes nothing: a guide of 0 would
-    join a group of zeros, which has no advantages. With graded rewards a worse guide would make the
-    failures look good. An empty text, which is what a refused draft leaves, stays out whatever its
-    reward. As k shows the answer, a right guide may still reason wrongly.
+    reach δ. With rewards of 0 and 1 and ρ = 1 to ask for a higher one changes nothing: a guide of
+    0 would join a group of zeros, which has no advantages. With graded rewards a worse guide would
+    make the failures look good. An empty text, which is what a refused draft leaves, stays out
+    whatever its reward. As k shows the answer, a right guide may still reason wrongly.
     """
     worst = min(group, key=lambda o: o.reward)
     if guide.text and guide.reward > worst.reward:
@@ -577,9 +583,9 @@ def assign_advantages(groups):
 def group_advantages(rewards):
     """A_i = (R_i - mean R) / (std R + 1e-6) of the rewards of one group, a list.
 
-    The unbiased std and the 1e-6 are ours. The mean is exact, so that equal rewards give exactly
-    0: a rounding error would be an advantage, and AdamW, which rescales gradients, would make a
-    full step of it.
+    The unbiased std and the 1e-6 are ours. `statistics.mean` is exact (a sum of floats is not), so
+    that equal rewards give exactly 0: a rounding error would pass for a signal, and AdamW would go
+    on by its momentum.
     """
     average = statistics.mean(rewards)
     deviation = statistics.stdev(rewards)
@@ -588,18 +594,18 @@ def group_advantages(rewards):
 
 @timed("seconds/update")
 def update(model, optimizer, groups, cfg, reference=None):
-    """Step 4 ends: `updates_per_batch` optimizer steps that raise J (Eq. 11). Returns metrics.
+    """Step 4 ends: `updates_per_batch` optimizer steps that raise J. Returns metrics.
 
-    With one update the ratio is exactly 1, as its denominator is read off the same pass; the clip
-    never acts and the gradient is REINFORCE's. From the second on ratios leave 1, and the clip may
-    act. A batch without signal changes nothing (ours).
+    In the first update the ratio is exactly 1, as its denominator is read off the same pass, and
+    the gradient is REINFORCE's; from the second on the clip may act. A batch without signal
+    changes nothing (ours).
     Raises: RepoError if kl_beta is set without a reference, or if sampler and trainer disagree;
     RuntimeError if a gradient is not finite. The weights do not move by such a gradient.
     """
     if cfg.kl_beta and reference is None:
         raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
-    # Without an advantage and a KL term a completion has no gradient, and need not be read. It
-    # counts in the mean all the same, so that no gradient depends on what is left out.
+    # Without an advantage and a KL term a completion has no gradient, and need not be read. The
+    # loss is divided by the number of all completions, so leaving it out changes nothing.
     completions = sum(groups, [])
     trained = [o for o in completions if o.advantage or cfg.kl_beta]
     kls, norms, clipped, difference = [], [], [], None
@@ -612,7 +618,8 @@ def update(model, optimizer, groups, cfg, reference=None):
                 # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
                 # (Eq. 11). It is read off the first pass, before any weight moves (ours): that
                 # costs nothing, and no other code path can disturb the ratio.
-                o.old_logps = o.old_logps or logps.tolist()
+                if not o.old_logps:
+                    o.old_logps = logps.tolist()
                 old_logps = logps.new_tensor(o.old_logps)
                 loss_o, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
                 loss += loss_o
@@ -625,7 +632,7 @@ def update(model, optimizer, groups, cfg, reference=None):
                     loss += cfg.kl_beta * kl
                     kls.append(kl.item())
             (loss / len(completions)).backward()
-        difference = sampler_diff(trained)  # always of the first pass; stops before a weight moves
+        difference = sampler_diff(trained)  # of the first pass; raises before any weight moves
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
         )
@@ -644,8 +651,9 @@ def token_logps(model, completions, temperature):
     """log π_θ(o_t | q, o_<t) of each completion's tokens, a list of [|o_i|], in fp32 and nats.
 
     Padding is on the right, where a causal model never looks. The logits at a place predict the
-    token at the next one, so those before the last token of the shortest prompt are not needed.
-    Places are counted from the end (-1, -2 ...), as a model may return the logits of all L:
+    token at the next one: those of a completion are predicted by as many logits before the place of
+    its last. Those before the last token of the shortest prompt are not needed. Places are counted
+    from the end (-1, -2 ...), as a model may return the logits of all L:
 
         place                          -4 -3 -2 -1
         prompt a b, completion C D      a  b  C  D    the logits at -3 and -2 predict C and D
@@ -658,8 +666,8 @@ def token_logps(model, completions, temperature):
         logits = model(ids, use_cache=False, logits_to_keep=needed).logits  # [B, needed or L, V]
     logps = []
     for o, row in zip(completions, logits):
-        end = len(o.ids) - 1 - length  # the place of its last token, whose logits are not needed
-        scores = row[end - len(o.tokens) : end].float() / temperature  # [|o|, V]
+        last = len(o.ids) - 1 - length  # the place of its last token
+        scores = row[last - len(o.tokens) : last].float() / temperature  # [|o|, V]
         targets = torch.tensor(o.tokens, device=model.device)
         logps.append(-torch.nn.functional.cross_entropy(scores, targets, reduction="none"))
     return logps
@@ -668,10 +676,11 @@ def token_logps(model, completions, temperature):
 def policy_loss(logps, old_logps, advantage, clip_epsilon):
     """-1/|o| Σ_t min(r_t A, clip(r_t, 1-ε, 1+ε) A) with r_t = π_θ / π_old, both under q.
 
-    A completion's part of Eq. 11. Log-probabilities are [|o|]. Returns the loss, a scalar, and
+    A completion's part of J. Log-probabilities are [|o|]. Returns the loss, a scalar, and
     where the clip acts, [|o|].
     """
-    ratio = bounded_exp(logps - old_logps)
+    # Bounded, as infinity times the 0 of the clip would be a NaN in the gradient.
+    ratio = (logps - old_logps).clamp(max=60.0).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantage
     return -torch.minimum(unclipped, clipped).mean(), clipped < unclipped
@@ -679,19 +688,14 @@ def policy_loss(logps, old_logps, advantage, clip_epsilon):
 
 def kl_loss(logps, reference_logps):
     """1/|o| Σ_t (s_t - log s_t - 1), s_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
-    log_ratio = reference_logps - logps
-    return (bounded_exp(log_ratio) - log_ratio - 1).mean()
-
-
-def bounded_exp(log_ratio):
-    """exp(min(x, 60)): infinity times the 0 of the clip would be a NaN in the gradient."""
-    return log_ratio.clamp(max=60.0).exp()
+    log_ratio = (reference_logps - logps).clamp(max=60.0)  # as in `policy_loss`
+    return (log_ratio.exp() - log_ratio - 1).mean()
 
 
 def micro_batches(completions, max_tokens):
     """The completions in batches of equally many rows (the last may have fewer): as many as the
-    longest lets into `max_tokens`, at least one. The longest come first: memory runs out at once or
-    never.
+    longest lets into `max_tokens`, at least one. The longest come first: a step that has memory for
+    its first pass has it for all.
     """
     completions = sorted(completions, key=lambda o: -len(o.ids))
     rows = max(1, max_tokens // len(completions[0].ids))
@@ -709,9 +713,9 @@ def sampler_diff(completions):
         for o in completions
         for sampler, trainer in zip(o.sampler_logps, o.old_logps)
     ]
-    if differences and not mean(differences) <= 0.1:  # also for a NaN, which is above nothing
+    if differences and not mean(differences) <= 0.1:  # also true of a NaN
         raise RepoError(
-            f"sampler and trainer are {mean(differences):.1f} nats a token apart: this model "
+            f"sampler and trainer are {mean(differences):.2f} nats a token apart: this model "
             "ignores positions or attention masks, or keeps a cache whose rows cannot be "
             "rearranged; use another"
         )
@@ -732,17 +736,14 @@ def step_metrics(model, tokenizer, hard, groups, guides, cfg):
 
     `hard` are the groups whose gate opened. Each `logp/` is a mean per token under the plain q, in
     nats: `rollout` of all rollouts of hard groups, `rephrase` of the rephrases trained, both before
-    the update; `expert` of the expert's text of each question that has a guide, after it, in a pass
-    of its own.
+    the update; `expert` of the expert's text of each question that has a guide, after it, in passes
+    of their own: compare their course, not single steps.
     """
     own = as_sampled(sum(groups, []))
     hard_own = as_sampled(sum(hard, []))
     experts = expert_completions(model, tokenizer, [o.problem for o in guides], cfg)
     expert_logps = [
-        logp
-        for o in experts
-        for logps in token_logps(model, [o], cfg.temperature)
-        for logp in logps.tolist()
+        logp for o in experts for logp in token_logps(model, [o], cfg.temperature)[0].tolist()
     ]
     rephrases = guides if cfg.guidance == "rephrase" else []
     length = mean(len(o.tokens) for o in rephrases if o.text)  # not of those refused
@@ -793,11 +794,10 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
 
 # ------------------------------------------- here the paper ends. A reward for mathematics (ours)
 #
-# What it takes for right and for wrong is a table in test_repo.py, 260 rows long and easier to read
-# than the patterns.
+# What it takes for right and for wrong is a table in test_repo.py, easier to read than patterns.
 
 NUMBER = r"""(?x)  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"
-(?!.{1000})  # no longer than Fraction reads
+(?!.{1000})  # Fraction does not read numbers of any length
 [+-]?(?:
     (?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?
     |\.[0-9]+
@@ -989,8 +989,9 @@ READABLE = rf"{TEXT}|List\(\{{.*'content': {TEXT}.*\}}\)"  # types that keep the
 def load_problems(run, split):
     r"""The split, also a slice of it, as dicts of question, knowledge and answer.
 
-    A record that lacks one of them is left out, and counted. The answer is the last `\boxed{}` of
-    its column (see `in_box` for ####), or else all its text, unless that is the knowledge itself.
+    A record that lacks one of them is left out; how many are kept is printed. The answer is the
+    last `\boxed{}` of its column (see `in_box` for ####), or else all its text, unless that is the
+    knowledge itself.
     The fields of a column of dicts are columns: `reward_model.ground_truth`.
     Raises: RepoError if a column cannot be read, or no record is left; also for numbers with a
     point, dates, booleans or labels, whose spelling in the file is lost: 42 may have become 42.0.
@@ -1092,9 +1093,10 @@ def save_checkpoint(file, logs, model, optimizer, settings):
 def load_checkpoint(file, settings):
     """What `save_checkpoint` wrote; the weights stay on disk until they are used.
 
-    Raises: RepoError if a setting has changed, is new or is gone.
+    Raises: RepoError if it is damaged, or if a setting has changed, is new or is gone.
     """
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    with explaining(f"{file} cannot be read", "choose another --out"):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     then = state["settings"]
     for name, _ in then.items() ^ settings.items():  # what is not in both
         if name not in MAY_CHANGE:

@@ -1509,11 +1509,12 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
 --knowledge-column=question --answer-column=question | no usable rec
 --guidance=verbatim --knowledge-column=question | takes no expert's text
 --eval-split=test | no readable
---dataset=file | must be a file that ends in one of
+--dataset=checkpoint.pt | must be a file that ends in one of
 --dataset=. | must be a file that ends in one of
 --steps=0 | --steps is 0
---out=file | --out
---out=file/below | --out
+--out=checkpoint.pt | --out
+--out=checkpoint.pt/below | --out
+--out=. --resume | checkpoint.pt cannot be read: .*; choose another --out
 --device=cuda:77 | --device
 --device=abacus | --device
 """),
@@ -1522,7 +1523,7 @@ def test_what_cannot_work_ends_in_one_line_before_the_model_is_loaded(
     files, change, message, monkeypatch
 ):
     monkeypatch.setattr(repo, "load_model", None)
-    Path("file").touch()
+    Path("checkpoint.pt").touch()  # damaged
     assert re.search(f"^error: .*{message}", refusal(flags(files) + change.split()))
 
 
