@@ -273,7 +273,11 @@ def score(completions, reward_fn):
 
 
 def complete(model, tokenizer, template, problems, num_samples, temperature, cfg):
-    """`num_samples` answers to each problem in the template, a list each, not yet rewarded."""
+    """`num_samples` answers to each problem in the template, a list each, not yet rewarded.
+
+    How a text becomes a prompt in tokens, and which tokens end an answer, stands below, where the
+    paper ends.
+    """
     prompts = [encode_prompt(tokenizer, fill(template, problem)) for problem in problems]
     ends = end_tokens(model, tokenizer)
     drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, ends)
@@ -347,77 +351,6 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
             positions = mask.sum(1, keepdim=True)  # of the new token, as above
             mask = torch.hstack([mask, torch.ones_like(inputs)])
     return completions
-
-
-def fill(template, problem):
-    """The template with {question} and {knowledge} filled in; other braces stay as they are."""
-    return re.sub(r"\{(question|knowledge)\}", lambda slot: problem[slot[1]], template)
-
-
-def chat(tokenizer, *contents):
-    """The turns, in the first shape that the template takes, and the text that it makes of them.
-
-    `contents` are of user, assistant and user in turn: one for a prompt, three for `end_tokens`,
-    which looks at how the template closes the assistant's.
-    Raises: RepoError if it refuses all shapes or leaves out what the user says.
-    """
-    roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": content} for role, content in zip(roles, contents)]
-    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    # Plain text, text in parts, or with the system's turn, which some templates demand.
-    for shape in (turns, parts, [{"role": "system", "content": ""}, *turns]):
-        try:
-            shown = tokenizer.apply_chat_template(shape, tokenize=False)
-        except Exception:  # a template is a program, and raises what it likes
-            continue
-        if contents[0].strip() in shown:
-            return shape, shown
-    raise RepoError("the chat template refuses or leaves out what the user says; use another")
-
-
-def encode_prompt(tokenizer, text):
-    """Token ids of the user's turn `text`, up to where the assistant's answer begins.
-
-    Control tokens that the text spells out stay text (`sanitize_control_tokens`, of transformers
-    5.24). A thinking model is asked not to think.
-    Raises: RepoError if the chat template opens a block of thoughts all the same.
-    """
-    if not tokenizer.chat_template:  # a base model
-        # After the line break at its end an answer begins without a blank, as does a text encoded
-        # alone (`as_completion`).
-        ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
-    turns, _ = chat(tokenizer, text)
-    ids = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, enable_thinking=False, sanitize_control_tokens=True
-    ).input_ids
-    if re.search(r"<[^<>/]*(think|reason)[^<>/]*>\s*$", tokenizer.decode(ids[-16:])):
-        raise RepoError(
-            "the chat template opens a block of thoughts even with enable_thinking="
-            "False, and a rephrase has none; use a model that can answer without"
-        )
-    return ids
-
-
-def end_tokens(model, tokenizer):
-    """The ids that end a completion; the first is put at the end of an expert's text.
-
-    That is what the chat template writes after an answer (`<end_of_turn>` for Gemma, `<|end|>` for
-    Phi, whose EOS is another token), else the EOS.
-    Raises: RepoError if there is none.
-    """
-    configured = model.generation_config.eos_token_id  # an id, several or None
-    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    if tokenizer.chat_template:
-        _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
-        _, _, after = shown.partition("4242.")  # no template has a 4242 of its own
-        after = tokenizer(after, add_special_tokens=False).input_ids
-        # The first control token after the answer closes the turn.
-        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1] + ends
-    ends = [i for i in ends if i is not None]
-    if not ends:
-        raise RepoError("no token ends an answer; set the tokenizer's eos_token")
-    return ends
 
 
 def pad(rows, side, device):
@@ -494,8 +427,8 @@ def clean_rephrase(text):
     blank stays. 3. At both ends sentences go that chat or speak of the source, unless they state a
     figure or formula. 4. If what stays still speaks of its source, it is refused: nothing stays, as
     another cut would leave a hole, and train it.
-    To delete such text is reported; to refuse, and the patterns, some usual English wordings, are
-    ours.
+    To delete such text is reported; to refuse, and the patterns (some usual English wordings, below,
+    where the paper ends), are ours.
     """
     text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
     text = next(filter(str.strip, re.split(OUTSIDE, text)), "")  # 1 and 2
@@ -507,44 +440,6 @@ def clean_rephrase(text):
     ]
     answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
     return "" if re.search(SOURCE, answer) else answer.strip()
-
-
-# What these keep, cut and refuse is a list of texts in test_repo.py, easier to read than they are.
-OUTSIDE = (  # thoughts, even if never opened or closed; control tokens spelled as text
-    r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
-    r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
-)
-# A sentence, with the "2." or "Note:" before it.
-SENTENCE = r"[ \t*_#>(-]*(?:\d+\.|\w+:)?.*?(?:[.!?:][*_)\"'”’]*(?=\s)|\n|$)"
-SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
-SOURCE = (  # speaks of the solution that was shown, or of writing it anew
-    r"(?i)\b(?:my|our|your) own words\b|\bsolve (?:it|the problem) anew\b"
-    r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b"
-    r"(?! (?:the|this) (?:problem|question|condition|equation|expression|statement)| as)"
-    rf"|\b(?:rewritten|reference|provided|expert(?:['’]s)?) (?:\w+ )?(?:version|{SOLUTION})"
-    # "the reference says so" speaks of it, "the reference point" does not
-    r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
-    r"|\b(?:my|our|your|these|above|given|provided) notes\b"
-    r"|\b(?:based on|follow\w*|from|in|per|through|(?:according|refer\w*) to|understand\w*|us\w+)"
-    r" the notes\b(?! (?:in|of|on)\b)"
-    r"|\bthe notes (?:above|(?:giv|explain|indicat|mention|provid|sa[iy]|show|stat|sugg|tell)\w*)"
-    r"|\byou(?:['’]ve| have)? (?:explained|mentioned|noted|provided|stated)\b"
-    rf"|\b{SOLUTION} (?:you gave|says|states|explains)\b"
-    rf"|\b{SOLUTION} (?:above|given|provided)(?= *[,.;:)]| \w+s\b|$)"
-    r"|(?:according to|(?:as )?per|based on|match\w*|agree\w* with|consistent with|follow\w*"
-    rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
-)
-FACT = r"[\d=\\][^:\d=\\]*$"  # a digit, = or \; but "Step 2:" only announces one
-CHATTER = (  # no beginning or end of an answer; all but SOURCE is harmless in the middle
-    rf"{SOURCE}"  # begins with (?i)
-    r"|^(?:[^\w\\$`|()\[\]{}]|_)*$"
-    r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
-    r"|^\W*(?:\w[\w ]*[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
-    rf"(?:version|{SOLUTION})[^=\\\d]*$"
-    r"|\bhope (?:it|that|this) (?:\w+ )?(?:answers|clarifies|helps|is clear)"
-    r"|\blet me know (?:how|if)\b|\bfeel free to\b|\bwould you like\b|\banything else I can\b"
-    r"|\bif you (?:have any|need) (?:\w+ ){0,2}(?:help|questions)"
-)
 
 
 # ---------------------------------------------------------------------------------- 3. injection
@@ -792,7 +687,122 @@ def accuracy(model, tokenizer, problems, cfg, reward_fn):
     )
 
 
-# ------------------------------------------- here the paper ends. A reward for mathematics (ours)
+# ---------------------------------------------------------- here the paper ends. Prompts, in tokens
+
+
+def fill(template, problem):
+    """The template with {question} and {knowledge} filled in; other braces stay as they are."""
+    return re.sub(r"\{(question|knowledge)\}", lambda slot: problem[slot[1]], template)
+
+
+def chat(tokenizer, *contents):
+    """The turns, in the first shape that the template takes, and the text that it makes of them.
+
+    `contents` are of user, assistant and user in turn: one for a prompt, three for `end_tokens`,
+    which looks at how the template closes the assistant's.
+    Raises: RepoError if it refuses all shapes or leaves out what the user says.
+    """
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    # Plain text, text in parts, or with the system's turn, which some templates demand.
+    for shape in (turns, parts, [{"role": "system", "content": ""}, *turns]):
+        try:
+            shown = tokenizer.apply_chat_template(shape, tokenize=False)
+        except Exception:  # a template is a program, and raises what it likes
+            continue
+        if contents[0].strip() in shown:
+            return shape, shown
+    raise RepoError("the chat template refuses or leaves out what the user says; use another")
+
+
+def encode_prompt(tokenizer, text):
+    """Token ids of the user's turn `text`, up to where the assistant's answer begins.
+
+    Control tokens that the text spells out stay text (`sanitize_control_tokens`, of transformers
+    5.24). A thinking model is asked not to think.
+    Raises: RepoError if the chat template opens a block of thoughts all the same.
+    """
+    if not tokenizer.chat_template:  # a base model
+        # After the line break at its end an answer begins without a blank, as does a text encoded
+        # alone (`as_completion`).
+        ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
+    turns, _ = chat(tokenizer, text)
+    ids = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, enable_thinking=False, sanitize_control_tokens=True
+    ).input_ids
+    if re.search(r"<[^<>/]*(think|reason)[^<>/]*>\s*$", tokenizer.decode(ids[-16:])):
+        raise RepoError(
+            "the chat template opens a block of thoughts even with enable_thinking="
+            "False, and a rephrase has none; use a model that can answer without"
+        )
+    return ids
+
+
+def end_tokens(model, tokenizer):
+    """The ids that end a completion; the first is put at the end of an expert's text.
+
+    That is what the chat template writes after an answer (`<end_of_turn>` for Gemma, `<|end|>` for
+    Phi, whose EOS is another token), else the EOS.
+    Raises: RepoError if there is none.
+    """
+    configured = model.generation_config.eos_token_id  # an id, several or None
+    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    if tokenizer.chat_template:
+        _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
+        _, _, after = shown.partition("4242.")  # no template has a 4242 of its own
+        after = tokenizer(after, add_special_tokens=False).input_ids
+        # The first control token after the answer closes the turn.
+        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1] + ends
+    ends = [i for i in ends if i is not None]
+    if not ends:
+        raise RepoError("no token ends an answer; set the tokenizer's eos_token")
+    return ends
+
+
+# ------------------------------------------------------------------- what cleaning looks for (ours)
+#
+# What these keep, cut and refuse is a list of texts in test_repo.py, easier to read than they are.
+
+OUTSIDE = (  # thoughts, even if never opened or closed; control tokens spelled as text
+    r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
+    r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
+)
+# A sentence, with the "2." or "Note:" before it.
+SENTENCE = r"[ \t*_#>(-]*(?:\d+\.|\w+:)?.*?(?:[.!?:][*_)\"'”’]*(?=\s)|\n|$)"
+SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
+SOURCE = (  # speaks of the solution that was shown, or of writing it anew
+    r"(?i)\b(?:my|our|your) own words\b|\bsolve (?:it|the problem) anew\b"
+    r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b"
+    r"(?! (?:the|this) (?:problem|question|condition|equation|expression|statement)| as)"
+    rf"|\b(?:rewritten|reference|provided|expert(?:['’]s)?) (?:\w+ )?(?:version|{SOLUTION})"
+    # "the reference says so" speaks of it, "the reference point" does not
+    r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
+    r"|\b(?:my|our|your|these|above|given|provided) notes\b"
+    r"|\b(?:based on|follow\w*|from|in|per|through|(?:according|refer\w*) to|understand\w*|us\w+)"
+    r" the notes\b(?! (?:in|of|on)\b)"
+    r"|\bthe notes (?:above|(?:giv|explain|indicat|mention|provid|sa[iy]|show|stat|sugg|tell)\w*)"
+    r"|\byou(?:['’]ve| have)? (?:explained|mentioned|noted|provided|stated)\b"
+    rf"|\b{SOLUTION} (?:you gave|says|states|explains)\b"
+    rf"|\b{SOLUTION} (?:above|given|provided)(?= *[,.;:)]| \w+s\b|$)"
+    r"|(?:according to|(?:as )?per|based on|match\w*|agree\w* with|consistent with|follow\w*"
+    rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
+)
+FACT = r"[\d=\\][^:\d=\\]*$"  # a digit, = or \; but "Step 2:" only announces one
+CHATTER = (  # no beginning or end of an answer; all but SOURCE is harmless in the middle
+    rf"{SOURCE}"  # begins with (?i)
+    r"|^(?:[^\w\\$`|()\[\]{}]|_)*$"
+    r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
+    r"|^\W*(?:\w[\w ]*[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
+    rf"(?:version|{SOLUTION})[^=\\\d]*$"
+    r"|\bhope (?:it|that|this) (?:\w+ )?(?:answers|clarifies|helps|is clear)"
+    r"|\blet me know (?:how|if)\b|\bfeel free to\b|\bwould you like\b|\banything else I can\b"
+    r"|\bif you (?:have any|need) (?:\w+ ){0,2}(?:help|questions)"
+)
+
+
+# ------------------------------------------------------------------ a reward for mathematics (ours)
 #
 # What it takes for right and for wrong is a table in test_repo.py, easier to read than patterns.
 
@@ -1135,8 +1145,8 @@ def train(run, cfg, reward_fn):
     settings = vars(run) | vars(cfg)
     settings["data"] = f"{len(problems)} problems, {zlib.crc32(repr(problems).encode())}"
     state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
-    texts = state["logs"] if state else ["", ""]
-    done = texts[0].count("\n")  # a step is a line of metrics
+    saved = state["logs"] if state else ["", ""]  # a killed run may be past its checkpoint
+    done = saved[0].count("\n")  # a step is a line of metrics
     if run.steps < max(done, 1):
         raise RepoError(f"--steps is {run.steps}; give at least 1, and at least the {done} done")
     if cfg.guidance == "verbatim" and not any(
@@ -1158,8 +1168,8 @@ def train(run, cfg, reward_fn):
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    for log, text in zip(logs, texts):
-        log.write_text(text)  # a killed run may be past its checkpoint
+    for log, text in zip(logs, saved):
+        log.write_text(text)
 
     for step in tqdm(range(done, run.steps), disable=None):
         # Batch and samples depend on seed and step alone, so a resumed run needs no random state
