@@ -427,8 +427,8 @@ def clean_rephrase(text):
     blank stays. 3. At both ends sentences go that chat or speak of the source, unless they state a
     figure or formula. 4. If what stays still speaks of its source, it is refused: nothing stays, as
     another cut would leave a hole, and train it.
-    To delete such text is reported; to refuse, and the patterns (some usual English wordings, below,
-    where the paper ends), are ours.
+    To delete such text is reported; to refuse is ours, and so are the patterns, some usual English
+    wordings: below, where the paper ends.
     """
     text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
     text = next(filter(str.strip, re.split(OUTSIDE, text)), "")  # 1 and 2
