@@ -2,8 +2,8 @@ r"""RePO: Rephrasing Policy Optimization (arXiv 2602.10819), a reference impleme
 
 The policy π_θ is a language model, and π_old is π_θ as the step finds it. A question q comes with
 an expert's solution k (the knowledge) and an answer that can be checked. Where all rollouts of a
-question fail, their advantages are all 0 and GRPO learns nothing. RePO shows k to the policy, lets
-it write the solution in its own words and trains that text as if the policy had found it alone.
+question fail alike, advantages are 0 and GRPO learns nothing. RePO shows k to the policy, lets it
+write the solution in its own words and trains that text as if the policy had found it alone.
 One step is `train_step`, after the settings:
 
     1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
@@ -15,13 +15,13 @@ One step is `train_step`, after the settings:
                    r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)             (Eq. 11)
                    J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)
                    averaged over the questions, and less β KL where it is asked for;
-                   o_rep stands under the plain q here, never under P(q,k), which wrote it: no hint
-                   is left, and "on-policy", as the paper has it, is not literally true
+                   o_rep stands under the plain q here, so that no hint is left. As it was drawn
+                   under P(q,k), "on-policy", the paper's word, is not literally true
 
-With rewards of 0 and 1, ρ = 1 and one update a batch this becomes simple: every ratio is 1, the
-clip never acts, and in an injected group o_rep has the advantage (G-1)/√G and each failure -1/√G
-(G = 8: 2.47 and -0.35; by the unbiased std). A step on a hard question is supervised learning on
-one verified text of the policy's own, and a push away from G-1 failures. Its kin:
+With rewards of 0 and 1, ρ = 1, β = 0 and one update a batch this becomes simple: every ratio is 1,
+the clip never acts, and in an injected group o_rep has the advantage (G-1)/√G and each failure
+-1/√G (G = 8: 2.47 and -0.35; by the unbiased std). There a step is supervised learning on one
+verified text of the policy's own, and a push away from G-1 failures. Its kin:
 
     GRPO                   nothing is injected (--guidance none)
     STaR, 2203.14465       a verified text of its own, supervised, without group and failures
@@ -122,7 +122,7 @@ class Config:
     """of the sampling and of the batches [ours, ours]"""
 
     def __post_init__(self):
-        """Raises: RepoError for a value with which nothing could be learnt."""
+        """Raises: RepoError for a value that cannot be meant."""
         rules = {  # "field: what is demanded of it"
             "group_size: at least 2, or there is nothing to compare": self.group_size >= 2,
             "batch_size: at least 1": self.batch_size >= 1,
@@ -158,10 +158,8 @@ class Completion:
     prompt: list  # token ids of the plain q; of P(q,k) in a draft, which is never trained
     tokens: list  # token ids, with the end token, which is trained too
     text: str  # the tokens as the reward reads them
-    truncated: bool = False  # max_new_tokens came before an end token
-    sampler_logps: (
-        list
-    ) = ()  # log π_old of each token drawn, in nats: to compare, never in the loss
+    truncated: bool = False  # max_new_tokens came before an end token; trained as any other
+    sampler_logps: list = ()  # log π of each token as it was drawn, in nats; never in the loss
     old_logps: list = ()  # log π_old(·|q) by the update's first pass: the ratio's denominator
     reward: float = 0.0
     advantage: float = math.nan  # until its group has been compared
@@ -195,8 +193,8 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     hard = [group for group in groups if gate_opens(group, cfg)]
     guides = write_guides(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
 
-    # 3. Injection: o_rep takes the place of the worst rollout, in the group itself, which `groups`
-    #    holds too.
+    # 3. Injection: o_rep takes the place of the worst rollout. `groups` sees it too, as the groups
+    #    of `hard` are the same lists.
     for group, guide in zip(hard, guides):  # no guides with --guidance none
         replace_worst(group, guide)
 
@@ -216,7 +214,7 @@ SECONDS = {}  # how long the last call of each function that is `timed` took, fo
 
 @contextmanager
 def timed(metric):
-    """For the line above a function: SECONDS[metric] is how long its last call took."""
+    """A decorator: SECONDS[metric] is how long the function's last call took."""
     start = time.perf_counter()
     yield
     SECONDS[metric] = time.perf_counter() - start
@@ -240,7 +238,7 @@ def chunks(items, size):
 def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
     """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
 
-    (G and T at hand, as `accuracy` asks for one greedy sample instead.)
+    Their number and temperature are arguments, as `accuracy` asks for one greedy sample.
     Raises: RepoError if most begin with thoughts. A rephrase has none, and training on rephrases
     would teach the model to skip them (ours).
     """
@@ -305,11 +303,10 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
     positions = mask.cumsum(1) - mask  # of a real token: as many as stand before it
     cache = None
-    # Text i goes on from row source[i] of the last pass. Rows are rearranged after a pass: after
-    # the first one, where a prompt's row goes to all its samples, and later to drop the texts that
-    # ended before it. Two prompts of three samples each, where later the second text ends:
-    #     0 0 0 1 1 1    the samples of a prompt share its row
-    #     0 2 3 4 5      row 1 went through one more pass with the others, and is dropped
+    # source[i] is the row of a pass that text i is written on from; the pass over, the rows of
+    # logits, mask and cache are put in this order. Two prompts of three samples each:
+    #     0 0 0 1 1 1    after the first pass: the samples of a prompt share its row
+    #     0 2 3 4 5      one pass after text 1 has ended: its row, computed once more, is dropped
     source = [n for n in range(len(prompts)) for _ in range(num_samples)]
     completions = [([], []) for _ in source]  # token ids, log π
     texts = completions  # those that are still being written
@@ -389,7 +386,9 @@ def rephrase(model, tokenizer, problems, cfg):
     """o_rep ~ π_old(·|P(q,k)) for each problem (Eq. 5), cleaned, as a completion of the plain q.
 
     By default drawn greedily (ours): at T = 1 a small model loses its way in the steps that it was
-    shown. It ends with the draft's end token, if the draft has one.
+    shown. The cleaned text is encoded anew, and so its tokens may differ from those drawn. A
+    truncated draft gives an o_rep without end token, which may be let in all the same. The update
+    scores it at `temperature`, as all.
     """
     drafts = complete(
         model, tokenizer, cfg.rephrase_prompt, problems, 1, cfg.rephrase_temperature, cfg
@@ -503,13 +502,13 @@ def update(model, optimizer, groups, cfg, reference=None):
     # loss is divided by the number of all completions, so leaving it out changes nothing.
     completions = sum(groups, [])
     trained = [o for o in completions if o.advantage or cfg.kl_beta]
-    kls, norms, clipped, difference = [], [], [], None
+    kls, norms, clip_acts, difference = [], [], [], None
     for _ in range(cfg.updates_per_batch if trained else 0):
         optimizer.zero_grad()  # also of what a step that was stopped may have left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
-            policy = token_logps(model, batch, cfg.temperature)
+            policy_logps = token_logps(model, batch, cfg.temperature)
             loss = 0.0
-            for o, logps in zip(batch, policy):
+            for o, logps in zip(batch, policy_logps):
                 # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
                 # (Eq. 11). It is read off the first pass, before any weight moves (ours): that
                 # costs nothing, and no other code path can disturb the ratio.
@@ -518,12 +517,12 @@ def update(model, optimizer, groups, cfg, reference=None):
                 old_logps = logps.new_tensor(o.old_logps)
                 loss_o, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
                 loss += loss_o
-                clipped += acts.tolist()
+                clip_acts += acts.tolist()
             if cfg.kl_beta:
                 with torch.no_grad():
-                    fixed = token_logps(reference, batch, cfg.temperature)
-                for logps, reference_logps in zip(policy, fixed):
-                    kl = kl_loss(logps, reference_logps)
+                    reference_logps = token_logps(reference, batch, cfg.temperature)
+                for logps, fixed in zip(policy_logps, reference_logps):
+                    kl = kl_loss(logps, fixed)
                     loss += cfg.kl_beta * kl
                     kls.append(kl.item())
             (loss / len(completions)).backward()
@@ -537,18 +536,18 @@ def update(model, optimizer, groups, cfg, reference=None):
     return {
         "kl": mean(kls),
         "grad_norm": mean(norms),  # before it is scaled down
-        "clip_ratio": mean(clipped),
+        "clip_ratio": mean(clip_acts),
         "sampler_logp_diff": difference,
     }
 
 
 def token_logps(model, completions, temperature):
-    """log π_θ(o_t | q, o_<t) of each completion's tokens, a list of [|o_i|], in fp32 and nats.
+    """log π_θ(o_t | q, o_<t) at T of each completion's tokens, a list of [|o_i|], fp32, in nats.
 
     Padding is on the right, where a causal model never looks. The logits at a place predict the
-    token at the next one: those of a completion are predicted by as many logits before the place of
-    its last. Those before the last token of the shortest prompt are not needed. Places are counted
-    from the end (-1, -2 ...), as a model may return the logits of all L:
+    token at the next one, so the |o| logits before the place of o's last token predict o, and none
+    is needed before the last token of the shortest prompt. Places are counted from the end (-1, -2
+    ...), as a model may return the logits of all L:
 
         place                          -4 -3 -2 -1
         prompt a b, completion C D      a  b  C  D    the logits at -3 and -2 predict C and D
@@ -582,15 +581,18 @@ def policy_loss(logps, old_logps, advantage, clip_epsilon):
 
 
 def kl_loss(logps, reference_logps):
-    """1/|o| Σ_t (s_t - log s_t - 1), s_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref)."""
+    """1/|o| Σ_t (s_t - log s_t - 1), s_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref).
+
+    It holds for tokens that π_θ drew, and is taken on all that is trained, o_rep too.
+    """
     log_ratio = (reference_logps - logps).clamp(max=60.0)  # as in `policy_loss`
     return (log_ratio.exp() - log_ratio - 1).mean()
 
 
 def micro_batches(completions, max_tokens):
     """The completions in batches of equally many rows (the last may have fewer): as many as the
-    longest lets into `max_tokens`, at least one. The longest come first: a step that has memory for
-    its first pass has it for all.
+    longest lets into `max_tokens`, at least one. The longest come first: where memory is too short,
+    it is found early.
     """
     completions = sorted(completions, key=lambda o: -len(o.ids))
     rows = max(1, max_tokens // len(completions[0].ids))
@@ -600,8 +602,8 @@ def micro_batches(completions, max_tokens):
 def sampler_diff(completions):
     """max |log π of the sampler - log π of the trainer| over the sampled tokens trained, in nats.
 
-    Raises: RepoError if the mean is above 0.1 nats a token. Rounding in bf16 gives some 0.03 (a
-    single token may be 2 nats apart at T = 0.1), a sampler at 0.3 T instead of T some 0.5.
+    Raises: RepoError if the mean is above 0.1 nats a token. Rounding in bf16 gives some 0.03
+    (a single token may be 2 nats apart at T = 0.1), a fault as a sampler at 0.3 T some 0.5.
     """
     differences = [
         abs(sampler - trainer)
@@ -629,10 +631,13 @@ def as_sampled(completions):
 def step_metrics(model, tokenizer, hard, groups, guides, cfg):
     """What a step shows, under TRL's names where it has one; None where there is nothing to see.
 
-    `hard` are the groups whose gate opened. Each `logp/` is a mean per token under the plain q, in
-    nats: `rollout` of all rollouts of hard groups, `rephrase` of the rephrases trained, both before
-    the update; `expert` of the expert's text of each question that has a guide, after it, in passes
-    of their own: compare their course, not single steps.
+    The rewards are those of the rollouts, before injection. `hard` are the groups whose gate
+    opened. Each `logp/` is a mean per token under the plain q, in nats, of texts that are not all
+    of the same questions, so compare their course and not single steps:
+
+        logp/rollout     all rollouts of hard groups, before the update
+        logp/rephrase    the rephrases trained, before the update
+        logp/expert      the expert's text where there is a guide, after it, in passes of its own
     """
     own = as_sampled(sum(groups, []))
     hard_own = as_sampled(sum(hard, []))
@@ -1172,8 +1177,8 @@ def train(run, cfg, reward_fn):
         log.write_text(text)
 
     for step in tqdm(range(done, run.steps), disable=None):
-        # Batch and samples depend on seed and step alone, so a resumed run needs no random state
-        # to equal one that was never stopped, on the same device with the same micro-batches.
+        # What is random depends on seed and step alone, so a resumed run needs no random state to
+        # equal one that was never stopped, on the same device with the same micro-batches.
         batch = draw_batch(problems, step, cfg)
         torch.manual_seed(1_000_000 * cfg.seed + step)
         metrics, groups, guides = train_step(
