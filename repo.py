@@ -208,7 +208,6 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 
 # --------------------------------------------------------------------- three helpers throughout
 
-
 SECONDS = {}  # how long the last call of each function that is `timed` took, for `step_metrics`
 
 
@@ -333,7 +332,9 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
                 cache.reorder_cache(index)  # selects rows, one also several times
                 logits, mask = logits[index], mask[index]
 
-            policy = torch.distributions.Categorical(logits=logits / (temperature or 1.0))
+            policy = torch.distributions.Categorical(
+                logits=logits / (temperature or 1.0), validate_args=False  # which takes time
+            )
             tokens = policy.sample() if temperature else policy.mode  # [texts]
             drawn_logps = policy.log_prob(tokens)  # [texts]
             for (ids, logps), token, logp in zip(texts, tokens.tolist(), drawn_logps.tolist()):
@@ -839,11 +840,11 @@ REWRITES = {  # pattern: replacement, one after the other, each on what the ones
     "[−–]": "-",
     r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})": ",",  # 1{,}000 and 1\,000
     r"(?:\\(?:displaystyle|q?quad|[bB]igg?[lr]?)(?![a-zA-Z])|\\(?:left|right)(?![a-z])\.?"
-    r"|(?<!\\)\\[,;:!$% ]|\^ ?(?:\\circ|\{\\circ\})|\\degree|[%°$~\s])+": " ",
+    r"|(?<!\\)\\[,;:!$% ]|\^ ?(?:\\circ|\{\\circ\})|\\degree|[%°$~\s])+": " ",  # spacing, signs
     r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.]) ?": r"\1",  # blanks around signs, and in \pm 3
     r"(?<![\w)}])\+(?=\\infty)"  # (3,+\infty)
     r"|(?<=\\[gln]e)q(?:slant)?(?![a-zA-Z])"  # \leq is \le
-    r"|(?<=\\)[dt](?=frac)|\.$": "",
+    r"|(?<=\\)[dt](?=frac)|\.$": "",  # \dfrac is \frac; the full stop
     r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$": r"\1",  # {{42}}
     r"\{bmatrix\}": "{pmatrix}",
     r"\\(?:mathrm|mbox|text(?:bf|it|rm))(?=\{)": r"\\text",
