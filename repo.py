@@ -1,53 +1,65 @@
 r"""RePO: Rephrasing Policy Optimization (arXiv 2602.10819), a reference implementation in one file.
 
-The policy π_θ is a language model, and π_old is π_θ as the step finds it. A question q comes with
-an expert's solution k (the knowledge) and an answer that can be checked. Where all rollouts of a
-question fail alike, advantages are 0 and GRPO learns nothing. RePO shows k to the policy, lets it
-write the solution in its own words and trains that text as if the policy had found it alone.
-One step is `train_step`, after the settings:
+RePO teaches a language model, the policy π_θ, what it cannot yet answer. Each question q comes
+with an expert's solution k and an answer that can be checked. Where all rollouts of q fail, GRPO
+has no signal. RePO shows k to the policy, which writes the solution in its own words. That text
+is trained as if the policy had found it alone.
 
-    1. Rollout     o_1..o_G ~ π_old(·|q), with rewards R_1..R_G
-    2. Rephrase    o_rep ~ π_old(·|P(q,k)); the prompt P asks to understand k, then       (Eq. 5)
-                   to write it anew; by default greedily (ours), and cleaned of meta text
-    3. Injection   if γ_fail = 1/G Σ_i 1[R_i < δ] ≥ ρ, o_rep replaces the worst rollout,
-                   provided that it earns more than that one (ours)
-    4. Update      A_i = (R_i - mean R) / std R
-                   r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)             (Eq. 11)
-                   J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)
-                   averaged over the questions, and less β KL where it is asked for;
-                   o_rep stands under the plain q here, so that no hint is left. As it was drawn
-                   under P(q,k), "on-policy", the paper's word, is not literally true
+We have not read the full paper, and its authors have published no code. Marks tell the source:
+[paper] is the abstract. [reported] is what independent readers of the paper say, and so are the
+equation numbers. [ours] is our own choice, where we know of no other.
 
-With rewards of 0 and 1, ρ = 1, β = 0 and one update a batch this becomes simple: every ratio is 1,
-the clip never acts, and in an injected group o_rep has the advantage (G-1)/√G and each failure
--1/√G (G = 8: 2.47 and -0.35; by the unbiased std). There a step is supervised learning on one
-verified text of the policy's own, and a push away from G-1 failures. Its kin:
+ONE STEP. π_old is the policy at the start of the step.
+  1. Rollout    o_1..o_G ~ π_old(·|q), with rewards R_1..R_G                              [paper]
+  2. Rephrase   o_rep ~ π_old(·|P(q,k)): the prompt P shows q and k, Eq. 5                [paper]
+                o_rep is cleaned, so that it does not speak of k                       [reported]
+  3. Injection  γ_fail = 1/G Σ_i 1[R_i < δ]                                            [reported]
+                if γ_fail ≥ ρ, o_rep replaces the rollout of lowest reward             [reported]
+                but only if o_rep earns more than that rollout                             [ours]
+  4. Update     A_i = (R_i - mean R) / std R                                           [reported]
+                r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t), Eq. 11      [reported]
+                J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)      [reported]
+                averaged over all questions, and less β KL(π_θ ‖ π_ref) if asked for   [reported]
 
-    GRPO                   nothing is injected (--guidance none)
-    STaR, 2203.14465       a verified text of its own, supervised, without group and failures
-    context distillation   what stood in the prompt moves into the weights (2209.15189)
-    LUFFY, 2504.14945      the expert's own text in the group, its ratios shaped
-    Guide, 2506.13923      hints where all rollouts fail, the ratio corrected for the hint
+WHAT IS LEFT OF PPO, with the default ρ = 1, β = 0 and one update a batch, for rewards of 0 and 1:
+  - Every ratio is 1 and the clip never acts. The gradient is REINFORCE's with advantages A_i.
+  - A group of equal rewards has advantages of 0. It teaches nothing.
+  - In an injected group the rewards are 1, 0 .. 0. Their mean is 1/G and their std is 1/√G. So
+    o_rep has the advantage (G-1)/√G and each failure -1/√G: 2.47 and -0.35 for G = 8.
+  - Such a group is supervised learning of a verified text, plus a push away from the failures.
 
-Sources: we have not read the full text of the paper, and no code of its authors is public. A mark
-says where a mechanism or a value comes from: `paper` is the abstract, `reported` what independent
-readers of the full text say (equation numbers too), `ours` our choice where we know of none.
+WHAT WE CHOSE, beside what is marked:
+  - o_rep is written only where the gate opens. The reported way, one for every question, costs more
+    and changes nothing.
+  - A draft that was cut off, or that still speaks of k after cleaning, is never injected.
+  - std is the unbiased one, plus 1e-6. The update's own first pass gives the ratio's denominator.
+
+WHAT IS NOT LITERALLY TRUE:
+  - "On-policy", the paper's word. o_rep is drawn under P(q,k) and trained under q. Its ratio divides
+    by π_old(·|q), which did not write it. And only texts with a good reward go in.
+  - "o_rep ~ π_old(·|P(q,k))". By default the draft is greedy, and cleaning may shorten it.
+  - "Verified". The reward checks the answer, which k shows. The steps may still be wrong.
+
+KIN, one change each:
+  GRPO               no injection (--guidance none)
+  STaR, 2203.14465   supervised learning of the policy's own verified texts, without failures
+  LUFFY, 2504.14945  the expert's own text in the group, with a shaped ratio
+  Guide, 2506.13923  a hint where all rollouts fail; the ratio divides by the hinted policy
 
     python repo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --subset main --out out
 """
 
 import copy
 import glob
-import inspect
 import json
 import math
 import numbers
+import os
 import random
 import re
 import statistics
 import sys
 import time
-import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,13 +67,26 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import List, Value, load_dataset
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    HfArgumentParser,
+)
 
 
 class RepoError(ValueError):
-    """Something given cannot work; the message names it and says what to do."""
+    """What was given cannot work. The message names it and says what to do."""
+
+
+def require(condition, message):
+    """Raises a RepoError with the message unless the condition holds."""
+    if not condition:
+        raise RepoError(message)
 
 
 # ------------------------------------------------------------------------------------- settings
@@ -79,144 +104,109 @@ its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of the algorithm. In brackets: whose the mechanism is, and whose the default;
-    "none reported" where the paper must have a value and its readers do not name it.
+    """The settings of the algorithm.
+
+    A comment ends with two sources: that of the mechanism and that of the default value. Where
+    readers do not report the paper's value, the value is ours.
     """
 
-    group_size: int = 8
-    """G, rollouts of a question [reported, reported]"""
-    batch_size: int = 16
-    """questions in a step [reported, ours; 512 is reported]"""
-    max_new_tokens: int = 512
-    """longest completion in tokens [ours, ours: none reported]"""
-    temperature: float = 1.0
-    """T: policy softmax(logits / T) [ours, ours: none reported]"""
-    rephrase_temperature: float = 0.0
-    """T of o_rep; 0 is greedy, which gives sounder texts [ours, ours: none reported]"""
-    guidance: str = "rephrase"
-    """what an open gate lets in: rephrase [paper, paper]; for comparison verbatim, the expert's own
-    text, or none, which is GRPO [ours]"""
-    fail_threshold: float = 0.5
-    """delta: a reward below it is a failure; above 0, at most 1 [reported, ours: none reported]"""
-    gate_threshold: float = 1.0
-    """rho: share of failures that opens the gate [reported, ours: none reported]"""
-    clip_epsilon: float = 0.2
-    """epsilon: ratios are clipped to 1 ± epsilon [reported, ours: none reported]"""
-    kl_beta: float = 0.0
-    """beta, weight of the KL term; 0 needs no reference [reported, ours: none reported]"""
-    updates_per_batch: int = 1
-    """optimizer steps on a batch [ours, ours: none reported]"""
-    learning_rate: float = 1e-6
-    """of AdamW, constant, no weight decay [ours, reported]"""
-    max_grad_norm: float = 1.0
-    """a longer gradient is scaled down to this [ours, ours]"""
-    micro_batch_tokens: int = 4096
-    """tokens, padding included, in one pass of the update; changes speed and memory, not the
-    gradient. Memory: 16 bytes a weight (20 with beta), and for each of these tokens about 3.4 MB
-    with 0.5 B weights, 5.2 with 1.5 B, 8.9 with 4 B [ours, ours]"""
-    question_prompt: str = QUESTION_PROMPT
-    """q as a user's turn [ours, ours]"""
-    rephrase_prompt: str = REPHRASE_PROMPT
-    """P(q,k) as a user's turn [paper, ours]"""
-    seed: int = 0
-    """of the sampling and of the batches [ours, ours]"""
+    group_size: int = 8  # G: rollouts of a question [reported, reported]
+    batch_size: int = 16  # questions in a step; 512 is reported [reported, ours]
+    max_new_tokens: int = 512  # the longest completion in tokens [ours, ours]
+    temperature: float = 1.0  # T: the policy is softmax(logits / T) [ours, ours]
+    rephrase_temperature: float = 0.0  # T of the drafts; 0 is greedy [ours, ours]
+    # What is injected: "rephrase"; to compare, "verbatim" (the expert's own text) or "none" (GRPO).
+    guidance: str = "rephrase"  # [paper, paper]
+    fail_threshold: float = 0.5  # δ: a rollout with a lower reward has failed [reported, ours]
+    gate_threshold: float = 1.0  # ρ: the share of failures that opens the gate [reported, ours]
+    clip_epsilon: float = 0.2  # ε: the clip keeps ratios within 1 ± ε [reported, ours]
+    kl_beta: float = 0.0  # β: weight of the KL term; 0 needs no reference [reported, ours]
+    updates_per_batch: int = 1  # optimizer steps on a batch [ours, ours]
+    learning_rate: float = 1e-6  # of AdamW: constant, without weight decay [ours, reported]
+    max_grad_norm: float = 1.0  # a gradient of larger norm is scaled down to it [ours, ours]
+    # Tokens, with padding, in one pass of the update. Up to rounding the gradient is the same.
+    micro_batch_tokens: int = 4096  # [ours, ours]
+    checkpoint_layers: bool = False  # less memory and more time in the update [ours, ours]
+    question_prompt: str = QUESTION_PROMPT  # q, as the user's turn [ours, ours]
+    rephrase_prompt: str = REPHRASE_PROMPT  # P(q,k), as the user's turn [paper, ours]
+    seed: int = 0  # of the sampling and of the batches [ours, ours]
 
     def __post_init__(self):
-        """Raises: RepoError for a value that cannot be meant."""
-        rules = {  # "field: what is demanded of it"
-            "group_size: at least 2, or there is nothing to compare": self.group_size >= 2,
-            "batch_size: at least 1": self.batch_size >= 1,
-            "max_new_tokens: at least 1": self.max_new_tokens >= 1,
-            "updates_per_batch: at least 1": self.updates_per_batch >= 1,
-            "temperature: above 0": self.temperature > 0,
-            "rephrase_temperature: at least 0": self.rephrase_temperature >= 0,
-            "guidance: rephrase, verbatim or none": (
-                self.guidance in ("rephrase", "verbatim", "none")
-            ),
-            "fail_threshold: above 0 and at most 1": 0 < self.fail_threshold <= 1,
-            "gate_threshold: a share of the group, 0 to 1": 0 <= self.gate_threshold <= 1,
-            "clip_epsilon: at least 0": self.clip_epsilon >= 0,
-            "kl_beta: at least 0, or the policy would flee its reference": self.kl_beta >= 0,
-            "learning_rate: above 0": self.learning_rate > 0,
-            "max_grad_norm: above 0": self.max_grad_norm > 0,
-            "question_prompt: a text with {question}, and without the hint": (
-                "{question}" in self.question_prompt and "{knowledge}" not in self.question_prompt
-            ),
-            "rephrase_prompt: a text with {knowledge}": "{knowledge}" in self.rephrase_prompt,
+        """Raises: RepoError for a value with which nothing can be learnt."""
+        limits = {
+            "group_size": self.group_size >= 2,  # or there is nothing to compare
+            "batch_size": self.batch_size >= 1,
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "updates_per_batch": self.updates_per_batch >= 1,
+            "micro_batch_tokens": self.micro_batch_tokens >= 1,
+            "temperature": self.temperature > 0,
+            "rephrase_temperature": self.rephrase_temperature >= 0,
+            "guidance": self.guidance in ("rephrase", "verbatim", "none"),
+            "fail_threshold": 0 < self.fail_threshold <= 1,
+            "gate_threshold": 0 <= self.gate_threshold <= 1,
+            "clip_epsilon": self.clip_epsilon >= 0,
+            "kl_beta": self.kl_beta >= 0,
+            "learning_rate": self.learning_rate > 0,
+            "max_grad_norm": self.max_grad_norm > 0,
+            "question_prompt": "{question}" in self.question_prompt,
+            "rephrase_prompt": "{knowledge}" in self.rephrase_prompt,
         }
-        for rule, holds in rules.items():
-            if not holds:
-                name, _, demand = rule.partition(": ")
-                raise RepoError(f"{name} is {getattr(self, name)!r}; it must be {demand}")
+        for name, kept in limits.items():
+            require(kept, f"{name} cannot be {getattr(self, name)!r}; see Config in repo.py")
+        require("{knowledge}" not in self.question_prompt, "question_prompt must not show the hint")
 
 
 @dataclass
 class Completion:
-    """One text that answers a question: a rollout, a draft, a rephrase or the expert's own."""
+    """One text that answers a question: a rollout, a draft, a rephrase or an expert's text."""
 
     problem: dict  # its question, knowledge and answer
-    prompt: list  # token ids of the plain q; of P(q,k) in a draft, which is never trained
-    tokens: list  # token ids, with the end token, which is trained too
-    text: str  # the tokens as the reward reads them
-    truncated: bool = False  # max_new_tokens came before an end token; trained as any other
-    sampler_logps: list = ()  # log π of each token as it was drawn, in nats; never in the loss
-    old_logps: list = ()  # log π_old(·|q) by the update's first pass: the ratio's denominator
-    reward: float = 0.0
-    advantage: float = math.nan  # until its group has been compared
-    draft: str = ""  # of o_rep: what the policy wrote, before cleaning
-    replaced: "Completion | None" = None  # of a text let in: the rollout whose place it took
+    prompt: list  # token ids of q; only of a draft those of P(q,k)
+    tokens: list  # token ids of the answer; the last one is the end token, unless truncated
+    text: str  # what the tokens say, without the end token
+    truncated: bool = False  # max_new_tokens came before an end token
+    sampler_logps: list | tuple = ()  # log π of each token, in nats, as the sampler drew it
+    old_logps: list | tuple = ()  # log π_old(·|q) of each token, in nats, once it is trained
+    reward: float = 0.0  # set by `assign_rewards`
+    advantage: float = math.nan  # until `assign_advantages`
+    draft: "Completion | None" = None  # of a rephrase: the text before cleaning
+    replaced: "Completion | None" = None  # of an injected text: the rollout that it replaced
 
     @property
     def ids(self):
-        """Prompt and completion, as the model reads them in the update."""
+        """Prompt and answer, as the update reads them."""
         return self.prompt + self.tokens
 
 
-# ---------------------------------------------------------------------------- the algorithm box
+# ---------------------------------------------------------------------------- the whole method
 
 
 def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=None):
-    """One step of RePO on `problems`, dicts of question, knowledge and answer. Trains in place.
+    """One step of RePO on `problems`, a list of dicts of question, knowledge and answer.
 
-    `reward_fn(text, answer)` gives a number, with δ between wrong and right; `reference` is the
-    π_ref of the KL term, in eval mode. Returns (metrics, the groups as trained, the guides: the
-    texts that were offered to open gates, each an o_rep, or with --guidance verbatim the expert's
-    text).
+    `reward_fn(text, answer)` returns a number; δ must separate wrong from right. `reference` is
+    π_ref of the KL term. Trains `model` in place. Returns (metrics, groups, guides). The groups are
+    as trained. The guides are the texts written for the groups whose gate opened, injected or not.
     """
-    model.eval()  # with dropout the trained policy would not be the one that was sampled
+    model.eval()  # with dropout the trained policy would not be the sampled one
 
-    # 1. Rollout: o_1..o_G ~ π_old(·|q), each with its reward.
+    # 1. Rollout.
     groups = rollout(model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn)
 
-    # 2. Rephrase: o_rep ~ π_old(·|P(q,k)). The gate belongs to step 3, but is asked here (ours):
-    #    where it is closed, o_rep need not be written.
-    hard = [group for group in groups if gate_opens(group, cfg)]
-    guides = write_guides(model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn)
+    # 2. Rephrase, where the gate opens. With --guidance none (GRPO) it never opens.
+    stuck = [g for g in groups if cfg.guidance != "none" and gate_opens(g, cfg)]
+    guides = write_guides(model, tokenizer, stuck, cfg, reward_fn)  # one for each stuck group
 
-    # 3. Injection: o_rep takes the place of the worst rollout. `groups` sees it too, as the groups
-    #    of `hard` are the same lists.
-    for group, guide in zip(hard, guides):  # no guides with --guidance none
+    # 3. Injection. It changes `groups` too, because `stuck` holds the same lists.
+    for group, guide in zip(stuck, guides):
         replace_worst(group, guide)
+    injected = [guide for guide in guides if guide.replaced]
 
-    # 4. Update: group-relative advantages, then the clipped policy gradient under the plain q.
+    # 4. Update under the plain q. The experts' texts are measured before the weights move.
     assign_advantages(groups)
-    updated = update(model, optimizer, groups, cfg, reference)
-
-    metrics = step_metrics(model, tokenizer, hard, groups, guides, cfg) | updated
-    return metrics, groups, guides
-
-
-# --------------------------------------------------------------------- three helpers throughout
-
-SECONDS = {}  # how long the last call of each function that is `timed` took, for `step_metrics`
-
-
-@contextmanager
-def timed(metric):
-    """A decorator: SECONDS[metric] is how long the function's last call took."""
-    start = time.perf_counter()
-    yield
-    SECONDS[metric] = time.perf_counter() - start
+    expert_logps = measure_experts(model, tokenizer, injected, cfg)
+    metrics = update(model, optimizer, groups, cfg, reference)
+    return metrics | step_metrics(groups, guides, injected, expert_logps, cfg), groups, guides
 
 
 def mean(values):
@@ -226,64 +216,55 @@ def mean(values):
 
 
 def chunks(items, size):
-    """The items in lists of `size`; the last one may be shorter."""
+    """The items in lists of `size`; the last list may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 # ------------------------------------------------------------------------------------ 1. rollout
 
 
-@timed("seconds/sample")
 def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn):
-    """Step 1: o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
+    """o_1..o_G ~ π_old(·|q) with their rewards: a list of completions for each problem.
 
-    Their number and temperature are arguments, as `accuracy` asks for one greedy sample.
-    Raises: RepoError if most begin with thoughts. A rephrase has none, and training on rephrases
-    would teach the model to skip them (ours).
+    `accuracy` calls it too, for one greedy sample.
     """
-    groups = complete(
+    groups = draw_completions(
         model, tokenizer, cfg.question_prompt, problems, num_samples, temperature, cfg
     )
-    rollouts = sum(groups, [])
-    score(rollouts, reward_fn)
-    if mean("<think" in tokenizer.decode(o.tokens[:8]) for o in rollouts) > 0.5:
-        raise RepoError(
-            "the model thinks before it answers (<think>), a rephrase does not; use a "
-            "model or a chat template that answers without thoughts"
-        )
+    assign_rewards(sum(groups, []), reward_fn)
     return groups
 
 
-def score(completions, reward_fn):
-    """Sets their rewards R(o) = `reward_fn(text, answer)`: the one place where this is done.
+def assign_rewards(completions, reward_fn):
+    """Sets R(o) = `reward_fn(text, answer)`, of truncated texts too.
 
-    Raises: RepoError with question and text if one is not a finite number.
+    Raises: RepoError with question and text if a reward is not a finite number.
     """
     for o in completions:
         reward = reward_fn(o.text, o.problem["answer"])
-        if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-            raise RepoError(
-                f"the reward function must return a finite number, and returned {reward!r}"
-                f"\nquestion: {o.problem['question']}\ncompletion: {o.text}"
-            )
+        require(
+            isinstance(reward, numbers.Real) and math.isfinite(reward),
+            f"the reward function must return a finite number, and returned {reward!r}"
+            f"\nquestion: {o.problem['question']}\ncompletion: {o.text}",
+        )
         o.reward = float(reward)
 
 
-def complete(model, tokenizer, template, problems, num_samples, temperature, cfg):
-    """`num_samples` answers to each problem in the template, a list each, not yet rewarded.
+def draw_completions(model, tokenizer, template, problems, num_samples, temperature, cfg):
+    """`num_samples` answers to each problem in the template, a list for each. No rewards yet.
 
-    How a text becomes a prompt in tokens, and which tokens end an answer, stands below, where the
-    paper ends.
+    `encode_prompt` and `end_tokens` know the chat template. They stand below, where the paper ends.
     """
-    prompts = [encode_prompt(tokenizer, fill(template, problem)) for problem in problems]
     ends = end_tokens(model, tokenizer)
+    prompts = [encode_prompt(tokenizer, fill(template, problem)) for problem in problems]
     drawn = sample(model, prompts, num_samples, cfg.max_new_tokens, temperature, ends)
     completions = []
-    for i, (ids, logps) in enumerate(drawn):
-        n = i // num_samples
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        truncated = ids[-1] not in ends
-        completions.append(Completion(problems[n], prompts[n], ids, text, truncated, logps))
+    for i, (tokens, logps) in enumerate(drawn):
+        n = i // num_samples  # the samples of a prompt stand side by side
+        truncated = tokens[-1] not in ends
+        # Control tokens within the answer stay visible, so that cleaning can refuse them.
+        text = tokenizer.decode(tokens if truncated else tokens[:-1])
+        completions.append(Completion(problems[n], prompts[n], tokens, text, truncated, logps))
     return chunks(completions, num_samples)
 
 
@@ -291,290 +272,302 @@ def complete(model, tokenizer, template, problems, num_samples, temperature, cfg
 def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     """Draws `num_samples` completions of each prompt from exactly softmax(logits / T).
 
-    `prompts` are lists of token ids. Returns (token ids, log-probability of each) for each
-    completion, those of a prompt side by side. A completion ends with its first token in `ends`, or
-    after `max_new_tokens` without one. T = 0 is greedy, with log-probabilities of T = 1.
+    `prompts` are B lists of token ids. A completion ends with its first token in `ends`, or after
+    `max_new_tokens` tokens. Returns B * num_samples pairs (token ids, log-probability of each in
+    nats), those of a prompt side by side. T = 0 is greedy, with the log-probabilities of T = 1.
 
-    A loop of our own: `model.generate` follows the checkpoint's top-k, top-p and penalties, and
-    takes longer.
+    `model.generate` is no substitute: it follows the checkpoint's top-k, top-p and penalties.
+    Raises: RepoError if the rows of the model's cache cannot be rearranged.
     """
-    inputs = pad(prompts, "left", model.device)  # [B, P]
-    mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # [B, P]
-    positions = mask.cumsum(1) - mask  # of a real token: as many as stand before it
+    inputs = pad(prompts, "left", model.device)  # what the model reads next: first [B, P]
+    mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # 1: real token
     cache = None
-    # source[i] is the row of a pass that text i is written on from; the pass over, the rows of
-    # logits, mask and cache are put in this order. Two prompts of three samples each:
-    #     0 0 0 1 1 1    after the first pass: the samples of a prompt share its row
-    #     0 2 3 4 5      one pass after text 1 has ended: its row, computed once more, is dropped
-    source = [n for n in range(len(prompts)) for _ in range(num_samples)]
-    completions = [([], []) for _ in source]  # token ids, log π
-    texts = completions  # those that are still being written
+    completions = [([], []) for _ in range(len(prompts) * num_samples)]  # token ids, log π
+    unfinished = list(completions)  # row r of the batch writes unfinished[r]
 
-    with autocast():
-        for _ in range(max_new_tokens):
+    for length in range(max_new_tokens):
+        # A token's position is the number of real tokens before it: a mask of 0 0 1 1 1 gives
+        # 0 0 0 1 2.
+        positions = (mask.cumsum(1) - mask)[:, -inputs.shape[1] :]
+        with autocast():
             output = model(
                 inputs,
                 attention_mask=mask,
                 position_ids=positions,
-                cache=cache,  # past_key_values before transformers 5.24
+                cache=cache,  # the name of past_key_values since transformers 5.24
                 use_cache=True,
                 logits_to_keep=1,
             )
-            logits = output.logits[:, -1].float()  # [B, V] at first, then [texts, V]
-            cache = output.get("cache")
-            if not hasattr(cache, "reorder_cache"):
-                raise RepoError(
-                    f"{type(model).__name__} keeps no cache whose rows can be rearranged; use "
-                    "another model, and the transformers of requirements.txt"
-                )
-            if len(source) != len(mask):  # if equal, no row was shared or dropped
-                index = torch.tensor(source, device=model.device)
-                cache.reorder_cache(index)  # selects rows, one also several times
-                logits, mask = logits[index], mask[index]
-
-            policy = torch.distributions.Categorical(
-                logits=logits / (temperature or 1.0), validate_args=False  # which takes time
+        logits, cache = output.logits[:, -1].float(), output.get("cache")  # [rows, V]
+        if length == 0:
+            # A model's own cache class may hold states that `reorder_cache` does not move.
+            require(
+                type(cache) is DynamicCache,
+                f"{type(model).__name__} keeps no cache whose rows can be rearranged; use another "
+                "model, and the transformers of requirements.txt",
             )
-            tokens = policy.sample() if temperature else policy.mode  # [texts]
-            drawn_logps = policy.log_prob(tokens)  # [texts]
-            for (ids, logps), token, logp in zip(texts, tokens.tolist(), drawn_logps.tolist()):
-                ids.append(token)
-                logps.append(logp)
+            # Each prompt was read once. Now its row is copied for its samples: with two prompts of
+            # three samples the new rows are the old rows 0 0 0 1 1 1.
+            rows = torch.arange(len(prompts), device=model.device).repeat_interleave(num_samples)
+            logits, mask = logits[rows], mask[rows]
+            cache.reorder_cache(rows)
 
-            source = [n for n, (ids, _) in enumerate(texts) if ids[-1] not in ends]
-            texts = [texts[n] for n in source]
-            if not texts:
-                break
-            inputs = tokens[:, None]  # [texts, 1], of those that have just ended too
-            positions = mask.sum(1, keepdim=True)  # of the new token, as above
-            mask = torch.hstack([mask, torch.ones_like(inputs)])
+        scores = logits / (temperature or 1.0)
+        policy = torch.distributions.Categorical(logits=scores, validate_args=False)  # faster
+        tokens = policy.sample() if temperature else policy.mode  # [rows]
+        logps = policy.log_prob(tokens)  # [rows]
+        for (ids, ids_logps), token, logp in zip(unfinished, tokens.tolist(), logps.tolist()):
+            ids.append(token)
+            ids_logps.append(logp)
+
+        # Finished rows leave the batch: if row 1 of 0 1 2 3 has ended, 0 2 3 go on.
+        going = [row for row, (ids, _) in enumerate(unfinished) if ids[-1] not in ends]
+        if not going:
+            break
+        if len(going) < len(unfinished):
+            unfinished = [unfinished[row] for row in going]
+            rows = torch.tensor(going, device=model.device)
+            tokens, mask = tokens[rows], mask[rows]
+            cache.reorder_cache(rows)
+        inputs = tokens[:, None]  # [rows, 1]
+        mask = torch.hstack([mask, torch.ones_like(inputs)])
     return completions
 
 
 def pad(rows, side, device):
-    """Lists of unequal lengths as one tensor [B, longest], filled up with 0 on the side given."""
+    """Lists of unequal lengths as one tensor [B, longest], filled with 0 on the given side."""
     tensors = [torch.tensor(row, device=device) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
 
 
 def autocast():
-    """On CUDA bf16 matrix products, and so bf16 logits, over fp32 weights; elsewhere fp32.
+    """On CUDA bf16 matrix products over fp32 weights, elsewhere fp32.
 
-    In bf16 weights a step of 1e-6 would vanish. The softmax over the vocabulary is always taken in
-    fp32. Cards that only emulate bf16 (T4, V100) are quicker in fp32.
+    Logits become fp32 before the softmax over the vocabulary. Weights stay fp32: next to a weight
+    of 0.01, bf16 cannot hold an update of 1e-6. Cards that only emulate bf16 (T4, V100) use fp32,
+    which is faster there.
     """
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", torch.bfloat16, enabled=bf16)  # does nothing to a model on a CPU
+    return torch.autocast("cuda", torch.bfloat16, enabled=bf16)  # does nothing on a CPU
 
 
 # ----------------------------------------------------------------------------------- 2. rephrase
 
 
-@timed("seconds/rephrase")
-def write_guides(model, tokenizer, problems, cfg, reward_fn):
-    """Step 2: a text for each problem with its reward: o_rep, or by `cfg.guidance` the expert's own
-    text, or none at all.
-    """
-    if cfg.guidance == "none" or not problems:
+def write_guides(model, tokenizer, groups, cfg, reward_fn):
+    """A guide with its reward for each group: o_rep, or the expert's text (--guidance verbatim)."""
+    if not groups:
         return []
-    write = rephrase if cfg.guidance == "rephrase" else expert_completions
-    guides = write(model, tokenizer, problems, cfg)
-    score(guides, reward_fn)
+    if cfg.guidance == "verbatim":
+        guides = expert_completions(model, tokenizer, [group[0] for group in groups])
+    else:
+        guides = rephrase(model, tokenizer, groups, cfg)
+    assign_rewards(guides, reward_fn)
     return guides
 
 
-def rephrase(model, tokenizer, problems, cfg):
-    """o_rep ~ π_old(·|P(q,k)) for each problem (Eq. 5), cleaned, as a completion of the plain q.
+def rephrase(model, tokenizer, groups, cfg):
+    """o_rep for the question of each group (Eq. 5): a draft under P(q,k), cleaned.
 
-    By default drawn greedily (ours): at T = 1 a small model loses its way in the steps that it was
-    shown. The cleaned text is encoded anew, and so its tokens may differ from those drawn. A
-    truncated draft gives an o_rep without end token, which may be let in all the same. The update
-    scores it at `temperature`, as all.
+    Where cleaning cuts nothing, o_rep has the draft's own tokens. A cut text is encoded anew. A
+    truncated draft is refused, because it would teach the policy not to end. A refused draft gives
+    an o_rep without text, which is never injected.
     """
-    drafts = complete(
+    problems = [group[0].problem for group in groups]
+    drafts = draw_completions(
         model, tokenizer, cfg.rephrase_prompt, problems, 1, cfg.rephrase_temperature, cfg
     )
     rephrases = []
-    for [draft] in drafts:
-        end = [] if draft.truncated else draft.tokens[-1:]
-        o_rep = as_completion(tokenizer, draft.problem, clean_rephrase(draft.text), end, cfg)
-        o_rep.draft = draft.text
-        rephrases.append(o_rep)
+    for group, [draft] in zip(groups, drafts):
+        record = f"{draft.problem['question']} {draft.problem['knowledge']}"
+        text = "" if draft.truncated else clean_rephrase(draft.text, record)
+        if not text:
+            tokens = []
+        elif text == draft.text.strip():
+            tokens = draft.tokens
+        else:
+            tokens = encode_answer(tokenizer, text, draft.tokens[0]) + draft.tokens[-1:]
+        # The prompt is that of the rollouts, the plain q: no hint is left in the update (Eq. 11).
+        rephrases.append(Completion(draft.problem, group[0].prompt, tokens, text, draft=draft))
     return rephrases
 
 
-def expert_completions(model, tokenizer, problems, cfg):
-    """The experts' own texts as completions of their questions."""
-    end = end_tokens(model, tokenizer)[:1]
-    return [as_completion(tokenizer, p, p["knowledge"], end, cfg) for p in problems]
+def expert_completions(model, tokenizer, rollouts):
+    """The experts' own texts, each in the place of a rollout, closed by an end token."""
+    end = end_tokens(model, tokenizer)[0]
+    experts = []
+    for o in rollouts:
+        text = o.problem["knowledge"]
+        tokens = encode_answer(tokenizer, text, o.tokens[0]) + [end]
+        experts.append(Completion(o.problem, o.prompt, tokens, text))
+    return experts
 
 
-def as_completion(tokenizer, problem, text, end, cfg):
-    """A text from elsewhere as a completion of the plain question, never of P(q,k) (Eq. 11).
+def clean_rephrase(text, record=""):
+    """The draft as a direct answer to q, or "" if it is refused.
 
-    It is encoded as what follows a prompt: no BOS, nothing in it becomes a control token, and the
-    ids in `end` close it; without them it is truncated.
+    1. A draft with thoughts or control tokens is refused.
+    2. Sentences of chat ("Sure!") or about the source ("According to the notes, we add.") are cut
+       from both ends. A sentence with a digit, "=" or a backslash is never cut.
+    3. A draft that still has chat at an end, or still speaks of the source, is refused. To cut in
+       the middle would leave a hole in the text.
+
+    A word about the source is allowed if `record`, question and solution, uses it itself. That such
+    talk is deleted is reported. The refusals and the words are ours. The words stand below, where
+    the paper ends.
     """
-    prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problem))
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return Completion(problem, prompt, ids + end, text, truncated=not end)
+    if CONTROL.search(text):
+        return ""
 
+    def about_source(part):
+        words = (match[match.lastindex or 0].lower() for match in SOURCE.finditer(part))
+        return any(word not in record.lower() for word in words)
 
-def clean_rephrase(text):
-    """The draft without what betrays that it is a rephrase, to read as a direct answer to q.
+    def may_go(sentence):
+        meta = not sentence.strip() or CHAT.search(sentence) or about_source(sentence)
+        return meta and not FACT.search(sentence)
 
-    1. Thoughts go. 2. Of the pieces between control tokens spelled as text the first that is not
-    blank stays. 3. At both ends sentences go that chat or speak of the source, unless they state a
-    figure or formula. 4. If what stays still speaks of its source, it is refused: nothing stays, as
-    another cut would leave a hole, and train it.
-    To delete such text is reported; to refuse is ours, and so are the patterns, some usual English
-    wordings: below, where the paper ends.
-    """
-    text = text.rstrip("\ufffd")  # half a character, where a draft was cut off
-    text = next(filter(str.strip, re.split(OUTSIDE, text)), "")  # 1 and 2
-    sentences = re.findall(SENTENCE, text)
-    kept = [
-        n
-        for n, sentence in enumerate(sentences)
-        if re.search(FACT, sentence) or not re.search(CHATTER, sentence)
-    ]
-    answer = "".join(sentences[kept[0] : kept[-1] + 1] if kept else [])
-    return "" if re.search(SOURCE, answer) else answer.strip()
+    sentences = SENTENCE.findall(text)
+    while sentences and may_go(sentences[0]):
+        del sentences[0]
+    while sentences and may_go(sentences[-1]):
+        del sentences[-1]
+    answer = "".join(sentences).strip()
+    chat = any(CHAT.search(sentence) for sentence in sentences[:1] + sentences[-1:])
+    return "" if chat or about_source(answer) else answer
 
 
 # ---------------------------------------------------------------------------------- 3. injection
 
 
 def gate_opens(group, cfg):
-    """γ_fail ≥ ρ, where γ_fail is the share of a group's rewards below δ (reported)."""
+    """γ_fail ≥ ρ, where γ_fail is the share of the group's rewards below δ (reported)."""
     return mean(o.reward < cfg.fail_threshold for o in group) >= cfg.gate_threshold
 
 
 def replace_worst(group, guide):
-    """Puts the guide, o_rep, in the place of the group's lowest reward (reported).
+    """Puts the guide in the place of the group's lowest reward [reported], in place.
 
-    Ties go to the first, and only a guide of a higher reward goes in (both ours); it need not
-    reach δ. With rewards of 0 and 1 and ρ = 1 to ask for a higher one changes nothing: a guide of
-    0 would join a group of zeros, which has no advantages. With graded rewards a worse guide would
-    make the failures look good. An empty text, which is what a refused draft leaves, stays out
-    whatever its reward. As k shows the answer, a right guide may still reason wrongly.
+    Ours: of equal rewards the first one goes, and a guide without text, or without a higher reward,
+    stays out. The guide need not reach δ. With graded rewards a worse guide would make the failures
+    look good. With rewards of 0 and 1, ρ = 1 and β = 0 a failed guide would be one more failure,
+    and the group would still teach nothing.
     """
-    worst = min(group, key=lambda o: o.reward)
-    if guide.text and guide.reward > worst.reward:
-        guide.replaced = worst
-        group[group.index(worst)] = guide
+    worst = min(range(len(group)), key=lambda i: group[i].reward)
+    if guide.text and guide.reward > group[worst].reward:
+        guide.replaced = group[worst]
+        group[worst] = guide
 
 
 # ------------------------------------------------------------------------------------- 4. update
 
 
 def assign_advantages(groups):
-    """Step 4 begins: gives each completion its A_i, relative to the rewards of its group."""
+    """Sets A_i of each completion, relative to the rewards of its own group."""
     for group in groups:
         for o, advantage in zip(group, group_advantages([o.reward for o in group])):
             o.advantage = advantage
 
 
 def group_advantages(rewards):
-    """A_i = (R_i - mean R) / (std R + 1e-6) of the rewards of one group, a list.
+    """A_i = (R_i - mean R) / (std R + 1e-6) for the rewards of one group, a list of floats.
 
-    The unbiased std and the 1e-6 are ours. `statistics.mean` is exact (a sum of floats is not), so
-    that equal rewards give exactly 0: a rounding error would pass for a signal, and AdamW would go
-    on by its momentum.
+    The unbiased std and the 1e-6 are ours. `statistics.mean` is exact, so equal rewards give
+    exactly 0. With a rounding error the group would count as a signal, and AdamW would go on by its
+    momentum.
     """
     average = statistics.mean(rewards)
     deviation = statistics.stdev(rewards)
     return [(reward - average) / (deviation + 1e-6) for reward in rewards]
 
 
-@timed("seconds/update")
 def update(model, optimizer, groups, cfg, reference=None):
-    """Step 4 ends: `updates_per_batch` optimizer steps that raise J. Returns metrics.
+    """Takes `updates_per_batch` optimizer steps that raise J. Returns metrics.
 
-    In the first update the ratio is exactly 1, as its denominator is read off the same pass, and
-    the gradient is REINFORCE's; from the second on the clip may act. A batch without signal
-    changes nothing (ours).
-    Raises: RepoError if kl_beta is set without a reference, or if sampler and trainer disagree;
-    RuntimeError if a gradient is not finite. The weights do not move by such a gradient.
+    Without any advantage and without a KL term nothing changes (ours).
+    Raises: RepoError if kl_beta lacks a reference, or if sampler and trainer disagree; RuntimeError
+    if the gradient is not finite. None of these gradients moves a weight.
     """
-    if cfg.kl_beta and reference is None:
-        raise RepoError(f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one")
-    # Without an advantage and a KL term a completion has no gradient, and need not be read. The
-    # loss is divided by the number of all completions, so leaving it out changes nothing.
+    require(
+        reference is not None or not cfg.kl_beta,
+        f"kl_beta is {cfg.kl_beta} and there is no reference model; pass one",
+    )
+    if cfg.checkpoint_layers:
+        checkpoint_layers(model)
+    # A completion without advantage and KL term has no gradient, so it is not read.
     completions = sum(groups, [])
-    trained = [o for o in completions if o.advantage or cfg.kl_beta]
-    kls, norms, clip_acts, difference = [], [], [], None
+    trained = [o for o in completions if o.advantage != 0 or cfg.kl_beta > 0]
+    kls, norms, clipped = [], [], []
+    difference = None
     for _ in range(cfg.updates_per_batch if trained else 0):
-        optimizer.zero_grad()  # also of what a step that was stopped may have left
+        optimizer.zero_grad()  # also of what an interrupted step has left
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
-            policy_logps = token_logps(model, batch, cfg.temperature)
             loss = 0.0
-            for o, logps in zip(batch, policy_logps):
-                # The denominator is π_old(·|q), for o_rep too, although π_old(·|P(q,k)) wrote it
-                # (Eq. 11). It is read off the first pass, before any weight moves (ours): that
-                # costs nothing, and no other code path can disturb the ratio.
+            batch_logps = token_logps(model, batch, cfg.temperature)
+            for o, logps in zip(batch, batch_logps):
+                # In the first update, before any weight moves, these are π_old(·|q) (ours). So the
+                # ratio begins at exactly 1. The sampler's own would differ by rounding.
                 if not o.old_logps:
                     o.old_logps = logps.tolist()
                 old_logps = logps.new_tensor(o.old_logps)
-                loss_o, acts = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
-                loss += loss_o
-                clip_acts += acts.tolist()
+                o_loss, o_clipped = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
+                loss += o_loss
+                clipped += o_clipped.tolist()
             if cfg.kl_beta:
                 with torch.no_grad():
                     reference_logps = token_logps(reference, batch, cfg.temperature)
-                for logps, fixed in zip(policy_logps, reference_logps):
-                    kl = kl_loss(logps, fixed)
+                for logps, fixed_logps in zip(batch_logps, reference_logps):
+                    kl = kl_loss(logps, fixed_logps)
                     loss += cfg.kl_beta * kl
                     kls.append(kl.item())
+            # The divisor counts all completions, also those not read. It is the same for every
+            # micro-batch, so the sum of their gradients does not depend on their size.
             (loss / len(completions)).backward()
-        difference = sampler_diff(trained)  # of the first pass; raises before any weight moves
+        difference = check_sampler(trained)
         norm = torch.nn.utils.clip_grad_norm_(
             model.parameters(), cfg.max_grad_norm, error_if_nonfinite=True
         )
         norms.append(norm.item())
         optimizer.step()
-    optimizer.zero_grad()  # frees the memory of the gradients for sampling
+        torch.clear_autocast_cache()  # or an autocast around this call keeps the old weights
+    optimizer.zero_grad()  # frees the gradients' memory for the next sampling
     return {
         "kl": mean(kls),
-        "grad_norm": mean(norms),  # before it is scaled down
-        "clip_ratio": mean(clip_acts),
+        "grad_norm": mean(norms),  # before scaling
+        "clip_ratio": mean(clipped),
         "sampler_logp_diff": difference,
     }
 
 
 def token_logps(model, completions, temperature):
-    """log π_θ(o_t | q, o_<t) at T of each completion's tokens, a list of [|o_i|], fp32, in nats.
+    """log π_θ(o_t | q, o_<t) at T of each completion's tokens: a list of [|o_i|], fp32, in nats.
 
-    Padding is on the right, where a causal model never looks. The logits at a place predict the
-    token at the next one, so the |o| logits before the place of o's last token predict o, and none
-    is needed before the last token of the shortest prompt. Places are counted from the end (-1, -2
-    ...), as a model may return the logits of all L:
-
-        place                          -4 -3 -2 -1
-        prompt a b, completion C D      a  b  C  D    the logits at -3 and -2 predict C and D
-        prompt e,   completion F        e  F  .  .    the logits at -4 predict F
+    Padding stands on the right, after everything that a causal model looks at.
     """
     ids = pad([o.ids for o in completions], "right", model.device)  # [B, L]
     length = ids.shape[1]
-    needed = length - min(len(o.prompt) for o in completions) + 1
+    # The logits at position t predict the token at t + 1. Those before the last token of the
+    # shortest prompt predict no completion, and are not computed.
+    keep = length - min(len(o.prompt) for o in completions) + 1
     with autocast():
-        logits = model(ids, use_cache=False, logits_to_keep=needed).logits  # [B, needed or L, V]
+        logits = model(ids, use_cache=False, logits_to_keep=keep).logits  # [B, keep, V]
+    left_out = length - logits.shape[1]  # 0 if the model ignores `logits_to_keep`
     logps = []
     for o, row in zip(completions, logits):
-        last = len(o.ids) - 1 - length  # the place of its last token
-        scores = row[last - len(o.tokens) : last].float() / temperature  # [|o|, V]
+        start = len(o.prompt) - 1 - left_out
+        scores = row[start : start + len(o.tokens)].float() / temperature  # [|o|, V]
         targets = torch.tensor(o.tokens, device=model.device)
         logps.append(-torch.nn.functional.cross_entropy(scores, targets, reduction="none"))
     return logps
 
 
 def policy_loss(logps, old_logps, advantage, clip_epsilon):
-    """-1/|o| Σ_t min(r_t A, clip(r_t, 1-ε, 1+ε) A) with r_t = π_θ / π_old, both under q.
+    """-1/|o| Σ_t min(r_t A, clip(r_t, 1-ε, 1+ε) A) with r_t = π_θ / π_old, both under q (Eq. 11).
 
-    A completion's part of J. Log-probabilities are [|o|]. Returns the loss, a scalar, and
-    where the clip acts, [|o|].
+    Log-probabilities are [|o|], in nats. Returns (the loss, a scalar; where the clip acts, [|o|]).
+    A clipped token has no gradient.
     """
-    # Bounded, as infinity times the 0 of the clip would be a NaN in the gradient.
+    # The bound keeps exp finite. The gradient of a clipped token would be 0 times infinity, NaN.
     ratio = (logps - old_logps).clamp(max=60.0).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantage
@@ -582,100 +575,115 @@ def policy_loss(logps, old_logps, advantage, clip_epsilon):
 
 
 def kl_loss(logps, reference_logps):
-    """1/|o| Σ_t (s_t - log s_t - 1), s_t = π_ref / π_θ: the k3 estimator of D_KL(π_θ ‖ π_ref).
+    """1/|o| Σ_t (s_t - log s_t - 1), s_t = π_ref / π_θ: the k3 estimate of KL(π_θ ‖ π_ref).
 
-    It holds for tokens that π_θ drew, and is taken on all that is trained, o_rep too.
+    Its value estimates that KL on tokens drawn from π_θ. Its gradient is that of KL(π_ref ‖ π_θ).
+    It is taken on all trained texts, o_rep too. Log-probabilities are [|o|], in nats.
     """
     log_ratio = (reference_logps - logps).clamp(max=60.0)  # as in `policy_loss`
-    return (log_ratio.exp() - log_ratio - 1).mean()
+    return (torch.expm1(log_ratio) - log_ratio).mean()
 
 
 def micro_batches(completions, max_tokens):
-    """The completions in batches of equally many rows (the last may have fewer): as many as the
-    longest lets into `max_tokens`, at least one. The longest come first: where memory is too short,
-    it is found early.
+    """The completions in batches of at most `max_tokens` tokens with padding, or of one row.
+
+    All batches have as many rows as the first. The longest texts come first, so that a lack of
+    memory shows at once.
     """
     completions = sorted(completions, key=lambda o: -len(o.ids))
-    rows = max(1, max_tokens // len(completions[0].ids))
-    return chunks(completions, rows)
+    longest = max((len(o.ids) for o in completions), default=1)
+    return chunks(completions, max(1, max_tokens // longest))
 
 
-def sampler_diff(completions):
-    """max |log π of the sampler - log π of the trainer| over the sampled tokens trained, in nats.
+def check_sampler(completions):
+    """max |log π of the sampler - log π of the trainer| over the rollouts' tokens, in nats.
 
-    Raises: RepoError if the mean is above 0.1 nats a token. Rounding in bf16 gives some 0.03
-    (a single token may be 2 nats apart at T = 0.1), a fault as a sampler at 0.3 T some 0.5.
+    Raises: RepoError if the mean is above 0.1 nats a token (ours). Rounding in bf16 stays below. A
+    sampler that ignores padding, or draws at 0.3 T, does not.
     """
     differences = [
         abs(sampler - trainer)
         for o in completions
         for sampler, trainer in zip(o.sampler_logps, o.old_logps)
     ]
-    if differences and not mean(differences) <= 0.1:  # also true of a NaN
-        raise RepoError(
-            f"sampler and trainer are {mean(differences):.2f} nats a token apart: this model "
-            "ignores positions or attention masks, or keeps a cache whose rows cannot be "
-            "rearranged; use another"
-        )
+    average = mean(differences) or 0.0
+    require(
+        average <= 0.1,  # false for NaN too
+        f"sampler and trainer are {average:.2f} nats a token apart: this model ignores positions "
+        "or attention masks, or keeps a cache whose rows cannot be rearranged; use another",
+    )
     return max(differences, default=None)
+
+
+def checkpoint_layers(model):
+    """Makes the update compute activations twice instead of keeping them.
+
+    In eval mode `gradient_checkpointing_enable` alone does nothing, because each layer looks at its
+    own `training` flag. So this sets the flag of the layers. The modules inside them stay in eval
+    mode, without dropout. `model.eval()` ends it.
+    """
+    model.gradient_checkpointing_enable()
+    for layer in model.modules():
+        if hasattr(layer, "gradient_checkpointing"):
+            layer.training = True
 
 
 # -------------------------------------------------------------------------------- what is measured
 
 
-def as_sampled(completions):
-    """The rollouts of a group, or of several, as they were sampled, before any was replaced."""
-    return [o.replaced or o for o in completions]
-
-
 @torch.no_grad()
-def step_metrics(model, tokenizer, hard, groups, guides, cfg):
-    """What a step shows, under TRL's names where it has one; None where there is nothing to see.
-
-    The rewards are those of the rollouts, before injection. `hard` are the groups whose gate
-    opened. Each `logp/` is a mean per token under the plain q, in nats, of texts that are not all
-    of the same questions, so compare their course and not single steps:
-
-        logp/rollout     all rollouts of hard groups, before the update
-        logp/rephrase    the rephrases trained, before the update
-        logp/expert      the expert's text where there is a guide, after it, in passes of its own
-    """
-    own = as_sampled(sum(groups, []))
-    hard_own = as_sampled(sum(hard, []))
-    experts = expert_completions(model, tokenizer, [o.problem for o in guides], cfg)
-    expert_logps = [
-        logp for o in experts for logp in token_logps(model, [o], cfg.temperature)[0].tolist()
+def measure_experts(model, tokenizer, injected, cfg):
+    """log π(·|q) of the tokens of the experts' texts, for the questions of the injected guides."""
+    experts = expert_completions(model, tokenizer, [guide.replaced for guide in injected])
+    return [
+        logp
+        for batch in micro_batches(experts, cfg.micro_batch_tokens)
+        for logps in token_logps(model, batch, cfg.temperature)
+        for logp in logps.tolist()
     ]
-    rephrases = guides if cfg.guidance == "rephrase" else []
-    length = mean(len(o.tokens) for o in rephrases if o.text)  # not of those refused
+
+
+def as_sampled(group):
+    """The rollouts of a group as they were before the injection."""
+    return [o.replaced or o for o in group]
+
+
+def step_metrics(groups, guides, injected, expert_logps, cfg):
+    """What a step shows, under TRL's names where it has one. None: there was nothing to measure.
+
+    Reward, entropy and `completions/` are of the rollouts, before injection. The four `logp/` are
+    means per token in nats, on the injected questions, under the policy before the update. Three
+    are under the plain q: the replaced rollouts, the rephrases and the experts' texts. `logp/draft`
+    is under P(q,k). Where cleaning cut nothing, logp/draft - logp/rephrase is how much the text
+    relies on the hint.
+    """
+    rollouts = as_sampled(sum(groups, []))
+    rephrases = [o for o in guides if o.draft]
+    let_in = [o for o in injected if o.draft]
     return {
-        "reward": mean(o.reward for o in own),
-        "entropy": -mean(logp for o in own for logp in o.sampler_logps),  # estimated, in nats
-        "frac_reward_zero_std": mean(
-            len({o.reward for o in as_sampled(group)}) == 1 for group in groups
+        "reward": mean(o.reward for o in rollouts),
+        "entropy": -mean(logp for o in rollouts for logp in o.sampler_logps),  # estimate at T, nats
+        "completions/mean_length": mean(len(o.tokens) for o in rollouts),
+        "completions/clipped_ratio": mean(o.truncated for o in rollouts),
+        "injections": len(injected),
+        "rephrase/success": mean(
+            o.text != "" and o.reward >= cfg.fail_threshold for o in rephrases
         ),
-        "completions/mean_length": mean(len(o.tokens) for o in own),
-        "completions/clipped_ratio": mean(o.truncated for o in own),
-        "injections": sum(guide.replaced is not None for guide in guides),
-        "rephrase/success": mean(o.reward >= cfg.fail_threshold for o in rephrases),
-        "rephrase/mean_length": length,
-        "rephrase/length_ratio": length and length / mean(len(o.tokens) for o in hard_own),
-        "rephrase/clipped_ratio": mean(o.truncated for o in rephrases),
+        "rephrase/clipped_ratio": mean(o.draft.truncated for o in rephrases),
+        "logp/rollout": mean(logp for o in injected for logp in o.replaced.sampler_logps),
+        "logp/draft": mean(logp for o in let_in for logp in o.draft.sampler_logps),
+        "logp/rephrase": mean(logp for o in let_in for logp in o.old_logps),
         "logp/expert": mean(expert_logps),
-        "logp/rephrase": mean(logp for o in rephrases for logp in o.old_logps),
-        "logp/rollout": mean(logp for o in hard_own for logp in o.sampler_logps),
-        **SECONDS,
     }
 
 
 def episode(groups, guides):
-    """The first question whose gate opened, with all its texts and rewards, for a person."""
+    """All that was written on the first question whose gate opened, for a person to read."""
     guide = guides[0]
     [group] = [group for group in groups if group[0].problem is guide.problem]
-    return {
-        **guide.problem,
+    return guide.problem | {
         "rollouts": [{"reward": o.reward, "text": o.text} for o in as_sampled(group)],
-        "draft": guide.draft,
+        "draft": guide.draft and guide.draft.text,
         "guide": guide.text,
         "reward": guide.reward,
         "injected": guide.replaced is not None,
@@ -683,17 +691,17 @@ def episode(groups, guides):
 
 
 def accuracy(model, tokenizer, problems, cfg, reward_fn):
-    """The share of problems, 0 to 1, whose greedy completion does not fail."""
+    """The share of problems, 0 to 1, whose greedy completion does not fail; None without any."""
     model.eval()
     parts = chunks(problems, cfg.batch_size * cfg.group_size)
     return mean(
         o.reward >= cfg.fail_threshold
         for part in tqdm(parts, "accuracy", leave=False, disable=None)
-        for (o,) in rollout(model, tokenizer, part, 1, 0.0, cfg, reward_fn)
+        for [o] in rollout(model, tokenizer, part, 1, 0.0, cfg, reward_fn)
     )
 
 
-# ---------------------------------------------------------- here the paper ends. Prompts, in tokens
+# ---------------------------------------------------------- here the paper ends. Prompts in tokens
 
 
 def fill(template, problem):
@@ -701,163 +709,155 @@ def fill(template, problem):
     return re.sub(r"\{(question|knowledge)\}", lambda slot: problem[slot[1]], template)
 
 
-def chat(tokenizer, *contents):
-    """The turns, in the first shape that the template takes, and the text that it makes of them.
-
-    `contents` are of user, assistant and user in turn: one for a prompt, three for `end_tokens`,
-    which looks at how the template closes the assistant's.
-    Raises: RepoError if it refuses all shapes or leaves out what the user says.
-    """
-    roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": content} for role, content in zip(roles, contents)]
-    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    # Plain text, text in parts, or with the system's turn, which some templates demand.
-    for shape in (turns, parts, [{"role": "system", "content": ""}, *turns]):
-        try:
-            shown = tokenizer.apply_chat_template(shape, tokenize=False)
-        except Exception:  # a template is a program, and raises what it likes
-            continue
-        if contents[0].strip() in shown:
-            return shape, shown
-    raise RepoError("the chat template refuses or leaves out what the user says; use another")
+PROMPT_OPTIONS = dict(
+    add_generation_prompt=True,
+    enable_thinking=False,
+    date_string="1 Jan 2026",  # Llama's template writes today's, and a resumed run would differ
+)
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids of the user's turn `text`, up to where the assistant's answer begins.
+    """Token ids of the user's turn `text`, up to where the answer begins.
 
-    Control tokens that the text spells out stay text (`sanitize_control_tokens`, of transformers
-    5.24). A thinking model is asked not to think.
-    Raises: RepoError if the chat template opens a block of thoughts all the same.
+    Control tokens that the text spells out stay text, as far as the library can.
     """
-    if not tokenizer.chat_template:  # a base model
-        # After the line break at its end an answer begins without a blank, as does a text encoded
-        # alone (`as_completion`).
-        ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
-    turns, _ = chat(tokenizer, text)
-    ids = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, enable_thinking=False, sanitize_control_tokens=True
-    ).input_ids
-    if re.search(r"<[^<>/]*(think|reason)[^<>/]*>\s*$", tokenizer.decode(ids[-16:])):
-        raise RepoError(
-            "the chat template opens a block of thoughts even with enable_thinking="
-            "False, and a rephrase has none; use a model that can answer without"
-        )
-    return ids
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(
+            turns, sanitize_control_tokens=True, **PROMPT_OPTIONS
+        ).input_ids
+    # A base model. After a line break its answer begins without a blank.
+    ids = tokenizer(text + "\n\nSolution:\n", split_special_tokens=True).input_ids
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS
+
+
+def encode_answer(tokenizer, text, first):
+    """Token ids of `text` in the place of an answer that the policy began with the token `first`.
+
+    The first token must be one that the policy writes there. Behind a prompt that ends in
+    "Assistant:" it writes " It", elsewhere "It". And some tokenizers put a blank before any text.
+    So the text is encoded behind a line break, which is dropped, and with a blank if `first` begins
+    with one.
+    Raises: RepoError if the tokenizer joins line break and text.
+    """
+    blank = (tokenizer.convert_ids_to_tokens(first) or "").startswith((" ", "▁", "Ġ"))
+    options = dict(add_special_tokens=False, split_special_tokens=True)
+    line_break = tokenizer("\n", **options).input_ids
+    ids = tokenizer(f"\n {text}" if blank else f"\n{text}", **options).input_ids
+    start = len(line_break)
+    require(ids[:start] == line_break, "the tokenizer joins line breaks and text; use another")
+    return ids[start:]
 
 
 def end_tokens(model, tokenizer):
-    """The ids that end a completion; the first is put at the end of an expert's text.
+    """The ids that end an answer; the first one closes an expert's text.
 
-    That is what the chat template writes after an answer (`<end_of_turn>` for Gemma, `<|end|>` for
-    Phi, whose EOS is another token), else the EOS.
-    Raises: RepoError if there is none.
+    That is the control token that the chat template writes after an answer. It need not be the EOS:
+    Gemma's template writes <end_of_turn>, Phi's <|end|>.
+    Raises: RepoError if there is none, or if `after_answer` refuses the template.
     """
-    configured = model.generation_config.eos_token_id  # an id, several or None
-    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    ends = []
     if tokenizer.chat_template:
-        _, shown = chat(tokenizer, "What is it?", "It is 4242.", "Why?")
-        _, _, after = shown.partition("4242.")  # no template has a 4242 of its own
-        after = tokenizer(after, add_special_tokens=False).input_ids
-        # The first control token after the answer closes the turn.
-        ends = [i for i in after if i in tokenizer.added_tokens_decoder][:1] + ends
+        control = control_tokens(tokenizer)
+        after = tokenizer(after_answer(tokenizer), add_special_tokens=False).input_ids
+        ends = [i for i in after if i in control][:1]
+    configured = model.generation_config.eos_token_id  # an id, several or None
+    ends += [tokenizer.eos_token_id]
+    ends += configured if isinstance(configured, list) else [configured]
     ends = [i for i in ends if i is not None]
-    if not ends:
-        raise RepoError("no token ends an answer; set the tokenizer's eos_token")
+    require(ends, "no token ends an answer; set the tokenizer's eos_token")
     return ends
 
 
-# ------------------------------------------------------------------- what cleaning looks for (ours)
-#
-# What these keep, cut and refuse is a list of texts in test_repo.py, easier to read than they are.
+def after_answer(tokenizer):
+    """What the chat template writes after an answer within a conversation.
 
-OUTSIDE = (  # thoughts, even if never opened or closed; control tokens spelled as text
-    r"(?s)^.*</think(?:ing)?>|<think(?:ing)?>.*$"
-    r"|(?:<[|｜][\w▁]{3,40}[|｜]>|</?s>|<(?:start|end)_of_turn>)(?:(?:assistant|model)(?=[<\n]))?"
+    Raises: RepoError unless an answer follows directly on what a prompt ends in, as a rollout does.
+    Otherwise the rephrase would be trained in another place.
+    """
+    question, answer = "What is 4142?", "It is 4242."  # no template contains these
+    user = {"role": "user", "content": question}
+    turns = [user, {"role": "assistant", "content": answer}, user]
+    with explaining("the chat template refuses a plain conversation", "use another model"):
+        prompt, talk = (
+            tokenizer.apply_chat_template(said, tokenize=False, **PROMPT_OPTIONS)
+            for said in (turns[:1], turns)
+        )
+    header, shown, after = talk.partition(answer)
+    thoughts = re.search(r"<[^<>/]*(think|reason)[^<>/]*>\s*$", prompt)
+    follows = shown and prompt.startswith(header.rstrip())
+    require(
+        question in prompt and follows and not thoughts,
+        "the chat template drops what is said, has no generation prompt, answers in channels, or "
+        "opens a block of thoughts even with enable_thinking=False; use another model",
+    )
+    return after
+
+
+def control_tokens(tokenizer):
+    """{id: text} of the tokens with a meaning of their own, like <|im_end|> and <think>."""
+    return {
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.content.strip() and (token.special or token.content.startswith("<"))
+    }
+
+
+# ---------------------------------------------------------- the words that cleaning looks for (ours)
+
+
+CONTROL = re.compile(r"</?think|<[|｜]|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
+# With a number before it ("2. Add 4."), up to a full stop or the end of the line.
+SENTENCE = re.compile(r"(?:[ \t]*\d+\.)?[^\n]*?[.!?][*_)\"'”’]*(?=\s)|[^\n]*\n|[^\n]+$")
+FACT = re.compile(r"[\d=\\]")
+
+CHAT = re.compile(
+    r"(?i)^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\b"
+    r"|^\W*(?:here (?:is|are)|here['’]s|below is)\b"
+    r"|\b(?:hope (?:this|that|it) (?:helps|answers|clarifies|makes)|let me know|feel free to)\b"
+    r"|\b(?:would you like|anything else I can|if you (?:have any|need (?:more|further)))\b"
 )
-# A sentence, with the "2." or "Note:" before it.
-SENTENCE = r"[ \t*_#>(-]*(?:\d+\.|\w+:)?.*?(?:[.!?:][*_)\"'”’]*(?=\s)|\n|$)"
-SOLUTION = r"(?:solution|answer|explanation)\b(?! (?:of|set|choice|option))"
-SOURCE = (  # speaks of the solution that was shown, or of writing it anew
-    r"(?i)\b(?:my|our|your) own words\b|\bsolve (?:it|the problem) anew\b"
-    r"|\b(?:rephras|reword|paraphras)(?:e|ed|ing)\b"
-    r"(?! (?:the|this) (?:problem|question|condition|equation|expression|statement)| as)"
-    rf"|\b(?:rewritten|reference|provided|expert(?:['’]s)?) (?:\w+ )?(?:version|{SOLUTION})"
-    # "the reference says so" speaks of it, "the reference point" does not
-    r"|\bthe reference\b(?!-|(?:['’]s)? (?!(?:gives|is|says|shows|states|uses)\b)\w)"
-    r"|\b(?:my|our|your|these|above|given|provided) notes\b"
-    r"|\b(?:based on|follow\w*|from|in|per|through|(?:according|refer\w*) to|understand\w*|us\w+)"
-    r" the notes\b(?! (?:in|of|on)\b)"
-    r"|\bthe notes (?:above|(?:giv|explain|indicat|mention|provid|sa[iy]|show|stat|sugg|tell)\w*)"
-    r"|\byou(?:['’]ve| have)? (?:explained|mentioned|noted|provided|stated)\b"
-    rf"|\b{SOLUTION} (?:you gave|says|states|explains)\b"
-    rf"|\b{SOLUTION} (?:above|given|provided)(?= *[,.;:)]| \w+s\b|$)"
-    r"|(?:according to|(?:as )?per|based on|match\w*|agree\w* with|consistent with|follow\w*"
-    rf"|as (?:in|shown in)) the (?:above|correct|given|model|original|sample) {SOLUTION}"
-)
-FACT = r"[\d=\\][^:\d=\\]*$"  # a digit, = or \; but "Step 2:" only announces one
-CHATTER = (  # no beginning or end of an answer; all but SOURCE is harmless in the middle
-    rf"{SOURCE}"  # begins with (?i)
-    r"|^(?:[^\w\\$`|()\[\]{}]|_)*$"
-    r"|^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\W*$"
-    r"|^\W*(?:\w[\w ]*[,!] )?(?:here(?:['’]s| is)|below is) (?:an?|the|my|your) (?:[\w-]+ ){0,3}"
-    rf"(?:version|{SOLUTION})[^=\\\d]*$"
-    r"|\bhope (?:it|that|this) (?:\w+ )?(?:answers|clarifies|helps|is clear)"
-    r"|\blet me know (?:how|if)\b|\bfeel free to\b|\bwould you like\b|\banything else I can\b"
-    r"|\bif you (?:have any|need) (?:\w+ ){0,2}(?:help|questions)"
+
+# A word of the source, and the pattern by which a text speaks of it. Those of the first line stand
+# for themselves. "Solution" alone is a word of mathematics.
+# A group holds the word that a record may use itself; without a group it is the whole match.
+# "Solution" alone is a word of mathematics. The words around it show that a text is meant.
+SOURCE = re.compile(
+    r"(?i)\b(?:notes|hint|reference|expert|rephras|reword|paraphras|own words)"
+    r"|\bas (?:requested|instructed|asked)\b|\brewritten (?:solution|answer|version)"
+    r"|\byou(?: have|['’]ve)? (?:provided|gave|given|mentioned|noted|shared|stated|explained)\b"
+    r"|\b(?:your (?:\w+ )?(?:answer|steps)|provided (?:answer|steps)|answer provided)\b"
+    r"|\b(?:your|given|provided|above|original|sample|model) (?:\w+ )?(solution|explanation)\b"
+    r"|\b(?:according to|based on|as|in|from|per|by|with) the (?:\w+ )?(solution|explanation)\b"
+    r"|\b(?:follow\w*|match\w*|using|like) the (?:\w+ )?(solution|explanation)\b"
+    r"|\b(solution|explanation) (?:above|given|provided|says|states|shows|gives|adds)\b"
 )
 
 
 # ------------------------------------------------------------------ a reward for mathematics (ours)
 #
-# What it takes for right and for wrong is a table in test_repo.py, easier to read than patterns.
+# test_repo.py has a table of answers that it takes and of answers that it does not take.
 
-NUMBER = r"""(?x)  # "12", "1,200", "1.5", ".5" or "3/4", but not "1,20"
-(?!.{1000})  # Fraction does not read numbers of any length
-[+-]?(?:
-    (?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?
-    |\.[0-9]+
-    |[0-9]+/0*[1-9][0-9]*
-)"""
-UNIT = r"""(?x:  # a final \text{cm}^2 behind a digit or \pi, but
-(?:(?<=[0-9])(?<!_.)|(?<=\\pi))\\text\{(?![^{}]*\b(?:
-    # no single letter but those that are units, as m and s
-    [^\WACFJLNVWghlms]
-    # and no word that makes another answer of it, as a sign, a base or a scale does
-    |(?i:pi|and|or|to|not|no|is|at|than|by|if|when|unless|except\w*|excluded|impossible|undefined
-    |plus|minus|over|under|below|less|choose|rem|remainder|negative|root|squared|cubed|factorial
-    |base|mod|modulo|binary|ternary|octal|hex\w*|repeating|recurring|periodic|approx\w*
-    |rad|radians?|times|twice|fold|doubled?|tripled?|zero|ones?|twos?|three|four|five|six|seven
-    |eight|nine|tens?|eleven|twelve|\w*teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|hundr\w*
-    |thou|thousand\w*|\w*illi(?:on|ard)\w*|[bm]ln|[bmt]n|mil|mio|grand|kilo|mega|giga|lakhs?
-    |crores?|doz|dozens?|scores?|gross|pairs?|couples?|point|cent|percent\w*|pct|pp|ppm|basis|bps
-    |half|halves|thirds?|quarters?
-    |\w*(?:four|fif|six|seven|eigh|nin|ten|teen|eleven|twelf|tie)ths?|st|nd|rd|th)
-)\b)[a-zA-Z][a-zA-Z ./²³-]*(?<![ ])\}(?:\^[23])?$)"""
-NAME = r"[a-zA-Z]\(\w\)|\([a-zA-Z](?:, ?[a-zA-Z])+\)|\\?(?!(?i:not)(?:=|\\in))[a-zA-Z](?a:\w*)"
-LABEL = rf"^(?:{NAME})(?:=(?!.*=)|\\in(?=[\[(\\]))|{UNIT}"  # x=, f(x)=, (x,y)=, x\in or a unit
-REWRITES = {  # pattern: replacement, one after the other, each on what the ones before it left
-    "[−–]": "-",
-    r"(?<=[0-9])(?:\{,\}|,\\!|\\[,!])(?=[0-9]{3})": ",",  # 1{,}000 and 1\,000
-    r"(?:\\(?:displaystyle|q?quad|[bB]igg?[lr]?)(?![a-zA-Z])|\\(?:left|right)(?![a-z])\.?"
-    r"|(?<!\\)\\[,;:!$% ]|\^ ?(?:\\circ|\{\\circ\})|\\degree|[%°$~\s])+": " ",  # spacing, signs
-    r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.]) ?": r"\1",  # blanks around signs, and in \pm 3
-    r"(?<![\w)}])\+(?=\\infty)"  # (3,+\infty)
-    r"|(?<=\\[gln]e)q(?:slant)?(?![a-zA-Z])"  # \leq is \le
-    r"|(?<=\\)[dt](?=frac)|\.$": "",  # \dfrac is \frac; the full stop
-    r"^\{+((?:[^{}]|\{[^{}]*\})*)\}+$": r"\1",  # {{42}}
-    r"\{bmatrix\}": "{pmatrix}",
-    r"\\(?:mathrm|mbox|text(?:bf|it|rm))(?=\{)": r"\\text",
-    r"([\^_])\{([0-9a-zA-Z])\}(?![0-9])": r"\1\2",  # x^{2}, but not x^{12}: x^12 is x^1 2
-    r"\\(frac|sqrt)(?![a-zA-Z]) ?(\w)": r"\\\1{\2}",  # \sqrt34 is \sqrt{3}4
-    r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w)": r"\1{\2}",  # \frac{3}4
-    r"(?<![^=])([+-]?)\\frac\{(-?[\w.\\]+)\}\{([0-9]+|[a-z]|\\[a-z]+)\}(?=\\text\{|$)": r"\1\2/\3",
-    rf"(?!{UNIT})\\(?:text|mathbf|boldsymbol)\{{([^{{}}]*)\}}": r" \1 ",
-    " +": " ",
-    r" ?([^\w ,.}]) ?": r"\1",  # blanks that \text has left around signs: \text{Na}^+
-    r"(?<=[0-9]) (?=[a-zA-Z](?![a-zA-Z]))|(?<=[a-z])\.$": "",  # 2 x is 2x; \text{Paris.}
-    r"^\(?([A-J])[.)]*$": r"\1",  # a choice: (B), B) or B.
-}
+REWRITES = (  # (pattern, replacement), in this order: typography, signs and the form of a choice
+    ("[−–]", "-"),
+    (r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9]{3})", ","),  # 1{,}000 is 1,000
+    (r"\\(?:left|right)(?![a-z])\.?|\\(?:displaystyle|q?quad)(?![a-z])", " "),
+    (r"(?<!\\)\\[,;:!$% ]|\^ ?(?:\\circ|\{\\circ\})|[$%°~\s]", " "),  # blanks, $5, 5%, 90°
+    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
+    (r"(?<!\\)\\([#_&])", r"\1"),  # C\# is C#
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\(frac|sqrt)(?![a-zA-Z]) ?(\w)", r"\\\1{\2}"),  # \sqrt34 is \sqrt{3}4
+    (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),  # \frac{3}4 is \frac{3}{4}
+    (r"([_^])\{(\w)\}", r"\1\2"),  # x^{2} is x^2, but x^{12} is not x^12
+    (r" +", " "),
+    (r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.]) ?", r"\1"),  # blanks around signs
+    (r"\.$|^.*=$", ""),  # the last full stop; an equation without its right side
+    (r"^\(?([A-J])\)?$", r"\1"),  # (B) is B
+    (r"^(-?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3"),
+)
+# 12, 1,200, 1.5, .5 or 3/4, but not 1,20.
+NUMBER = r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER += r"|[0-9]+/0*[1-9][0-9]*)"
 
 
 def last_boxed(text):
@@ -866,120 +866,67 @@ def last_boxed(text):
     depth = 0
     for i, char in enumerate(tail if before else ""):
         depth += (char == "{") - (char == "}")
-        if depth <= 0:  # the end, or no brace to begin with
+        if depth <= 0:  # the box is closed, or no brace has opened it
             return tail[1:i]
     return ""
 
 
 def normalise(answer):
-    r"""(an exact number, or else a text without typography; the set of its labels: `x=` and unit).
-
-    2+2 is text, as nothing is evaluated.
-    """
-    for pattern, replacement in REWRITES.items():
-        answer = re.sub(pattern, replacement, answer.strip())
-    labels = set(re.findall(LABEL, answer))
-    answer = re.sub(LABEL, "", answer).strip()
-    if re.fullmatch(NUMBER, answer):
-        return Fraction(answer.replace(",", "")), labels
-    answer = re.sub(" ?, ?", ",", answer)
-    # Words may differ in their capitals; CO, AaBb and ABC are none.
-    is_word = re.fullmatch("(?i:no)|(?=.*[a-z]{2})(?!.*[a-zA-Z][A-Z])[a-zA-Z ]{3,}", answer)
-    return answer.casefold() if is_word else answer, labels
+    """The answer as an exact number, or else as a text without typography. Evaluates nothing."""
+    for pattern, replacement in REWRITES:
+        answer = re.sub(pattern, replacement, answer).strip()
+    if len(answer) < 1000 and re.fullmatch(NUMBER, answer):  # int() refuses very long numbers
+        return Fraction(answer.replace(",", ""))
+    return re.sub(" ?, ?", ",", answer)
 
 
 def boxed_reward(completion, answer):
-    r"""1.0 if the last `\boxed{...}` is the answer, else 0.0, for any string, in linear time.
+    r"""1.0 if the last `\boxed{...}` is the answer, the same number or the same text, else 0.0.
 
-    One side may have labels that the other lacks: x=3 is 3, and 3 cm is 3, but 3 cm is not 3 m.
-    The signs of percent and degrees do not count.
-    When in doubt 0.0: a false "right" teaches a mistake, a false "wrong" only misses a chance.
+    Takes any string. The signs $, % and ° do not count. A unit, `x=` or another order of terms
+    makes another text. In doubt it says 0.0, because a false 1.0 teaches a mistake. A false 0.0 is
+    no harmless error either: it pushes a right answer down, or opens a gate.
     """
-    box, labels = normalise(last_boxed(completion))
-    gold, others = normalise(answer)
-    return float(gold != "" and box == gold and (labels <= others or others <= labels))
+    gold = normalise(answer)
+    return float(gold != "" and normalise(last_boxed(completion)) == gold)
 
 
-# --------------------------------------- the command line: a real model, real data, one device
+# ------------------------------------------------ the command line: data, model, checkpoint, run
 
 
 @dataclass(frozen=True)
 class Run:
     """Model, data and output."""
 
-    model: str
-    """hub name or folder of a causal language model"""
-    dataset: str
-    """hub name, or a .json, .jsonl, .csv or .parquet file"""
-    out: str
-    """folder for metrics, episodes, the checkpoint and the model"""
-    subset: str | None = None
-    """configuration of the dataset, where it has several"""
-    split: str = "train"
-    """split to train on, also a slice: train[:1000]"""
-    eval_split: str | None = None
-    """split for the accuracy before and after training"""
+    model: str  # hub name or folder of a causal language model
+    dataset: str  # hub name, or a .json, .jsonl or .parquet file
+    out: str  # folder for metrics, episodes, checkpoint and model
+    subset: str | None = None  # configuration of the dataset, if it has several
+    split: str = "train"  # split to train on, also a slice: train[:1000]
+    eval_split: str | None = None  # split for the accuracy before and after training
     question_column: str = "question"
-    """column of the question"""
-    knowledge_column: str = "answer"
-    """column of the expert's solution"""
-    answer_column: str = "answer"
-    """column of the answer, bare, boxed or after ####"""
+    knowledge_column: str = "answer"  # the expert's solution
+    answer_column: str = "answer"  # bare, boxed or after ####
     steps: int = 100
-    """training steps"""
-    save_every: int = 50
-    """steps between checkpoints; 0: at the end only"""
-    resume: bool = False
-    """go on from the checkpoint in --out, with the same settings and data"""
+    save_every: int = 50  # steps between checkpoints; 0: only at the end
+    resume: bool = False  # go on from the checkpoint in --out
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, cuda:1, cpu ..."""
 
 
 @contextmanager
 def explaining(what, advice):
-    """Whatever a library raises in the block ends in a RepoError of one line."""
+    """Whatever a library raises in the block becomes a RepoError of one line."""
     try:
         yield
     except Exception as error:
-        reason = str(error.__cause__ or error).partition("\n")[0]
+        reason = " ".join(str(error.__cause__ or error).split())[:400]
         raise RepoError(f"{what}: {reason}; {advice}") from error
 
 
-def load_model(name, device):
-    """(model with fp32 weights, tokenizer); no code of the checkpoint is run.
-
-    Raises: RepoError if they cannot be loaded, are not whole or do not belong together.
-    """
-    with explaining(
-        f"{name!r} is no causal language model to load",
-        "give a hub name, or a folder that save_pretrained has written",
-    ):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype="float32",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if found["missing_keys"]:  # they would be random
-        raise RepoError(
-            f"{name!r} lacks weights, {sorted(found['missing_keys'])[0]} for one; save the whole "
-            "language model"
-        )
-    rows = model.get_input_embeddings().num_embeddings
-    if max(tokenizer.get_vocab().values()) >= rows:
-        raise RepoError(f"{name!r} has a tokenizer of more tokens than its {rows} embeddings")
-    if hasattr(model.config, "output_router_logits"):
-        model.config.output_router_logits = False  # a loss not ours, which fails with a cache
-    return model.to(device), tokenizer
-
-
 def in_box(text):
-    r"""Puts "The final answer is \boxed{42}." for GSM8K's last line `#### 42`, as a bare box gets
-    lost when it is rephrased, and deletes its `<<6*7=42>>`.
+    r"""GSM8K's last line `#### 42` as "The final answer is \boxed{42}.", without its <<6*7=42>>.
 
-    Any other text stays as it is: there `####` is a heading, `<<` an operator, or a box is there.
+    Any other text stays as it is.
     """
     mark = re.fullmatch(r"(?s)(?!.*\\boxed)((?:.*\n)?)#### *([^#\s][^\n]*)", text)
     if not mark:
@@ -988,209 +935,236 @@ def in_box(text):
     return f"{solution}The final answer is \\boxed{{{mark[2]}}}."
 
 
-def as_text(value):
-    """What a cell says: text, an integer, or the one turn of a chat besides the system's."""
-    match value:
-        case [{"content": str(turn)}] | [{"role": "system"}, {"content": str(turn)}]:
-            value = turn
-        case None | list():
-            value = ""
-    return str(value).strip()
+def as_text(cell):
+    """A cell as text, "" if empty; of a chat its only turn besides the system's.
 
-
-TEXT = r"Value\('((large_)?string(_view)?|u?int\d+)'\)"
-READABLE = rf"{TEXT}|List\(\{{.*'content': {TEXT}.*\}}\)"  # types that keep the file's spelling
-
-
-def load_problems(run, split):
-    r"""The split, also a slice of it, as dicts of question, knowledge and answer.
-
-    A record that lacks one of them is left out; how many are kept is printed. The answer is the
-    last `\boxed{}` of its column (see `in_box` for ####), or else all its text, unless that is the
-    knowledge itself.
-    The fields of a column of dicts are columns: `reward_model.ground_truth`.
-    Raises: RepoError if a column cannot be read, or no record is left; also for numbers with a
-    point, dates, booleans or labels, whose spelling in the file is lost: 42 may have become 42.0.
+    An expert's thoughts go, up to </think>.
     """
-    columns = [run.question_column, run.knowledge_column, run.answer_column]
-    readers = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-    reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub
-    if reader is None and Path(run.dataset).exists():
-        raise RepoError(f"{run.dataset!r} must be a file that ends in one of {list(readers)}")
-    options = {"data_files": glob.escape(run.dataset)} if reader else {}
-    if reader == "json":
-        options["chunksize"] = -1  # the whole file: the types of its first part are not for all
-    if reader == "csv":  # cells as they are written (007, NA), none the name of a row
-        options |= dict(
-            converters=dict.fromkeys(columns, str),
-            keep_default_na=False,
-            na_values=[""],
-            index_col=False,
-            chunksize=None,
-        )
-        warnings.filterwarnings("error", "Length of header")  # else a long row would be shifted
+    if isinstance(cell, list):
+        turns = [turn["content"] for turn in cell if turn["role"] != "system"]
+        cell = turns[0] if len(turns) == 1 else None
+    return "" if cell is None else str(cell).rpartition("</think>")[2].strip()
+
+
+# Column types that keep the spelling of the file.
+READABLE = [Value(name) for name in ("string", "large_string", "int32", "int64", "uint64")]
+READABLE += [List({"role": text, "content": text}) for text in READABLE[:2]]  # chats
+
+
+def load_problems(run, split, guided=True):
+    r"""The split as a list of dicts of question, knowledge and answer, all of them text.
+
+    The answer is the last `\boxed{}` of its column, or else all its text. A record that lacks one
+    of the three is left out, and so is one whose answer is the whole solution. Without `guided`
+    no knowledge is needed. The fields of a dict are columns: reward_model.ground_truth.
+    Raises: RepoError if a column is missing or of another type than text, integers or chats (in a
+    column of floats 42 has become 42.0), or if no record is left.
+    """
+    reader = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(
+        Path(run.dataset).suffix
+    )
+    require(
+        reader or not Path(run.dataset).exists(),
+        f"{run.dataset!r} must be a .json, .jsonl or .parquet file. A CSV file has no types; convert "
+        'it: python -c "import csv, datasets; datasets.Dataset.from_list(list(csv.DictReader(open('
+        "'x.csv')))).to_parquet('x.parquet')\"",
+    )
+    # A file is read anew each time, because the library's copy may be older than the file.
+    file = dict(data_files=glob.escape(run.dataset), download_mode="force_redownload")
+    columns = [run.question_column, run.answer_column, run.knowledge_column]
     with explaining(
-        f"{run.dataset!r} has no readable {columns} in {split!r}",
-        "a file must be UTF-8 (a .csv with commas) and not empty, and has only the split train or "
-        "a part of it, train[:200]",
+        f"{run.dataset!r} has no readable split {split!r}",
+        "a file must be UTF-8 and not empty; its only split is train, or a part of it, train[:200]",
     ):
-        data = load_dataset(reader or run.dataset, run.subset, split=split, **options)
-        data = data.flatten().select_columns(columns)  # one may serve twice
-        records = data.to_list()
-    for column, kind in data.features.items():
-        if not re.fullmatch(READABLE, str(kind)):
-            raise RepoError(
-                f"column {column!r} holds {kind}; write text or integers, or a CSV file, where "
-                "all is text"
-            )
+        data = load_dataset(
+            reader or run.dataset, run.subset, split=split, **file if reader else {}
+        ).flatten()
+        present = [column for column in columns if column in data.features]
+        records = data.select_columns(present).to_list()
+    for column in columns if guided else columns[:2]:
+        kind = data.features.get(column, data.features.get(column.partition(".")[0]))
+        require(
+            column in present and kind in READABLE,
+            f"column {column!r} of {run.dataset!r} is {kind or 'missing'}, among "
+            f"{list(data.features)}; write text or integers. Json means that keys or types differ "
+            "between records: give each the same, or write a parquet file",
+        )
     problems = []
     for record in records:
-        question, knowledge, answer = (as_text(record[column]) for column in columns)
+        question, answer, knowledge = (as_text(record.get(column)) for column in columns)
         answer = last_boxed(in_box(answer)) or answer
-        if question and knowledge and answer not in ("", knowledge):
+        solved = knowledge not in ("", answer) and "<think>" not in knowledge
+        if question and answer and (solved or not guided):
             problems.append(dict(question=question, knowledge=in_box(knowledge), answer=answer))
-    print(f"{len(problems)} of {len(records)} records have question, knowledge and answer")
-    if not problems:
-        raise RepoError(
-            f"{run.dataset!r} has no usable record in {split!r}: each needs text or a chat of one "
-            f"turn in {columns}; a solution needs its answer in a box or in a last line #### 42"
-        )
+    summary = f"{len(problems)} of {len(data)} records have question, solution and answer"
+    print(summary)
+    require(problems, f"{summary}; a solution needs its answer in a box or in a last line #### 42")
     return problems
 
 
-def fitting(problems, model, tokenizer, cfg):
-    """The problems of which both prompts, q and P(q,k), leave room for a completion.
+def load_model(name, device):
+    """(model with fp32 weights, tokenizer). No code of the checkpoint is run.
 
-    P(q,k) counts with --guidance none too, so that all methods have the same problems. If some are
-    left out, it is printed how many are kept.
-    Raises: RepoError if none of them fits.
+    Raises: RepoError if they cannot be loaded or trained, are not whole or do not fit each other.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    kept = [
-        problem
-        for problem in problems
-        if all(
-            len(encode_prompt(tokenizer, fill(template, problem))) + cfg.max_new_tokens <= context
-            for template in (cfg.question_prompt, cfg.rephrase_prompt)
+    with explaining(
+        f"{name!r} cannot be loaded as a causal language model",
+        "give a hub name, or a folder that save_pretrained has written",
+    ):
+        config = AutoConfig.from_pretrained(name)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype="float32", use_safetensors=True, output_loading_info=True
         )
-    ]
-    if kept != problems:  # an empty list is no mistake
-        print(f"{len(kept)} of {len(problems)} problems leave room for {cfg.max_new_tokens} tokens")
-        if not kept:
-            raise RepoError(
-                f"no prompt and {cfg.max_new_tokens} tokens fit the model's context of {context}; "
-                "lower max_new_tokens"
-            )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    missing = sorted(loaded["missing_keys"])  # they would be random
+    require(not missing, f"{name!r} lacks weights, {missing[:1]}; save the whole language model")
+    quantised = hasattr(config, "quantization_config")
+    require(
+        not quantised and all(weight.requires_grad for weight in model.parameters()),
+        f"{name!r} has weights that take no gradient (quantised, or an adapter); give full weights",
+    )
+    rows = model.get_input_embeddings().num_embeddings
+    require(
+        max(tokenizer.get_vocab().values()) < rows,
+        f"{name!r} has a tokenizer of more tokens than its {rows} embeddings",
+    )
+    end_tokens(model, tokenizer)  # raises for a chat template that cannot work
+    if config.model_type != model.config.model_type:
+        print(f"of {name} only the language model is trained and saved, {model.config.model_type}")
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False  # a loss not ours, which fails with a cache
+    return model.to(device), tokenizer
+
+
+def fitting(problems, model, tokenizer, cfg):
+    """The problems whose q and P(q,k) leave room for a completion and spell no control token.
+
+    Prints how many are kept, if not all. P(q,k) counts with --guidance none too.
+    """
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", math.inf)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this, positions depend on the whole batch
+        context = rope["original_max_position_embeddings"]
+    control = control_tokens(tokenizer).values()
+    kept = []
+    for problem in tqdm(problems, "prompt lengths", leave=False, disable=None):
+        texts = [fill(template, problem) for template in (cfg.question_prompt, cfg.rephrase_prompt)]
+        longest = max(len(encode_prompt(tokenizer, text)) for text in texts)
+        spelled = any(token in text for text in texts for token in control)
+        if longest + cfg.max_new_tokens <= context and not spelled:
+            kept.append(problem)
+    if len(kept) < len(problems):
+        print(
+            f"{len(kept)} of {len(problems)} problems fit: they leave {cfg.max_new_tokens} of "
+            f"{context} tokens and spell no control token"
+        )
     return kept
 
 
 def draw_batch(problems, step, cfg):
     """The problems of a step, by seed and step alone: from all of them, without epochs (ours)."""
-    draw = random.Random(f"{cfg.seed} {step}")
-    return draw.sample(problems, min(cfg.batch_size, len(problems)))
+    generator = random.Random(f"{cfg.seed} {step}")
+    return generator.sample(problems, min(cfg.batch_size, len(problems)))
 
 
-MAY_CHANGE = {"out", "steps", "save_every", "resume", "device", "micro_batch_tokens"}  # on resume
+MAY_CHANGE = "out steps save_every resume device micro_batch_tokens checkpoint_layers".split()
 
 
-def save_checkpoint(file, logs, model, optimizer, settings):
-    """Writes beside the old file and then moves over it: a kill leaves the old one or the new."""
-    state = dict(
-        logs=[log.read_text() for log in logs],
-        settings=settings,
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
-    )
-    partial = file.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(file)
-
-
-def load_checkpoint(file, settings):
-    """What `save_checkpoint` wrote; the weights stay on disk until they are used.
-
-    Raises: RepoError if it is damaged, or if a setting has changed, is new or is gone.
-    """
-    with explaining(f"{file} cannot be read", "choose another --out"):
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    then = state["settings"]
-    for name, _ in then.items() ^ settings.items():  # what is not in both
-        if name not in MAY_CHANGE:
-            raise RepoError(
-                f"{file} was made with {name} = {then.get(name)!r}, now it is "
-                f"{settings.get(name)!r}; change it back or choose another --out"
-            )
-    return state
-
-
-def append(file, record):
+def append(log, record):
     """Adds a line of JSON to the file."""
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
+    with log.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def train(run, cfg, reward_fn):
     """The run of the command line. What can be checked without the model is checked first.
 
-    Raises: RepoError if --out cannot be written or --device used, if --out holds a run and --resume
-    is not given, if more than --steps are done, or if no expert's text, to be injected verbatim, is
-    rewarded.
+    Raises: RepoError for whatever cannot work.
     """
     out = Path(run.out)
     checkpoint = out / "checkpoint.pt"
     logs = out / "metrics.jsonl", out / "episodes.jsonl"
-    metrics_log, episodes_log = logs
     with explaining("--out or --device cannot be used", "choose another"):
-        out.mkdir(parents=True, exist_ok=True)
-        metrics_log.touch()
         torch.empty(0, device=run.device)
-    if not run.resume and (checkpoint.exists() or metrics_log.read_text()):
-        raise RepoError(f"{run.out!r} holds a run; go on with --resume or choose another --out")
-    problems = load_problems(run, run.split)
-    held_out = load_problems(run, run.eval_split) if run.eval_split else []
+        for log in logs:
+            log.touch()
+    begun = checkpoint.exists() or logs[0].stat().st_size > 0
+    require(
+        begun == run.resume, f"{out} holds {'a' if begun else 'no'} run; check --out and --resume"
+    )
+
+    guided = cfg.guidance != "none"
+    problems = load_problems(run, run.split, guided)
+    held_out = load_problems(run, run.eval_split, guided) if run.eval_split else []
+    experts = [Completion(problem, [], [], problem["knowledge"]) for problem in problems]
+    assign_rewards(experts, reward_fn)
+    taken = sum(o.reward >= cfg.fail_threshold for o in experts)
+    print(f"the reward takes {taken} of {len(experts)} experts' texts")
+    require(taken or cfg.guidance != "verbatim", "texts that the reward does not take stay out")
+
     settings = vars(run) | vars(cfg)
-    settings["data"] = f"{len(problems)} problems, {zlib.crc32(repr(problems).encode())}"
-    state = load_checkpoint(checkpoint, settings) if checkpoint.exists() else None
-    saved = state["logs"] if state else ["", ""]  # a killed run may be past its checkpoint
-    done = saved[0].count("\n")  # a step is a line of metrics
-    if run.steps < max(done, 1):
-        raise RepoError(f"--steps is {run.steps}; give at least 1, and at least the {done} done")
-    if cfg.guidance == "verbatim" and not any(
-        reward_fn(p["knowledge"], p["answer"]) >= cfg.fail_threshold for p in problems
-    ):
-        raise RepoError(
-            "the reward takes no expert's text; `boxed_reward` asks for \\boxed{answer}"
+    settings["data or reward"] = zlib.crc32(repr(experts).encode())
+    state = dict(step=0, log_sizes=(0, 0), settings=settings)
+    if checkpoint.exists():
+        with explaining(f"{checkpoint} cannot be read", "choose another --out"):
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    for name, value in settings.items():
+        was = state["settings"].get(name)
+        require(
+            name in MAY_CHANGE or value == was,
+            f"{out} was begun with {name} = {was!r}, now it is {value!r}; change it back or choose "
+            "another --out",
         )
+    done = state["step"]
+    require(run.steps > 0 and run.steps >= done, f"--steps is {run.steps}, and {done} are done")
 
     model, tokenizer = load_model(run.model, run.device)
     # The reference and the first accuracy are those of --model, also when a run is resumed.
     reference = copy.deepcopy(model) if cfg.kl_beta else None
     problems = fitting(problems, model, tokenizer, cfg)
     held_out = fitting(held_out, model, tokenizer, cfg)
+    require(problems, "no problem fits; lower --max-new-tokens")
+    prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problems[0]))
+    print(f"training on {run.device}; the first prompt:\n{tokenizer.decode(prompt)}")
     before = accuracy(model, tokenizer, held_out, cfg, reward_fn)
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True
     )
-    if state:
+    if done:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    for log, text in zip(logs, saved):
-        log.write_text(text)
+    for log, size in zip(logs, state["log_sizes"]):
+        os.truncate(log, size)  # a killed run may have logged more than its checkpoint has done
 
     for step in tqdm(range(done, run.steps), disable=None):
-        # What is random depends on seed and step alone, so a resumed run needs no random state to
-        # equal one that was never stopped, on the same device with the same micro-batches.
+        # What is random depends on seed and step alone. So a resumed run equals one that was never
+        # stopped, on the same device with the same micro-batches.
         batch = draw_batch(problems, step, cfg)
         torch.manual_seed(1_000_000 * cfg.seed + step)
+        start = time.perf_counter()
         metrics, groups, guides = train_step(
             model, tokenizer, optimizer, batch, cfg, reward_fn, reference
         )
-        append(metrics_log, {"step": step, **metrics})
+        seconds = time.perf_counter() - start
+        append(logs[0], {"step": step, "seconds": seconds, **metrics})
         if guides:
-            append(episodes_log, {"step": step, **episode(groups, guides)})
-        tqdm.write(f"step {step}: reward {metrics['reward']}, injections {metrics['injections']}")
+            append(logs[1], {"step": step, **episode(groups, guides)})
+        tqdm.write(
+            f"step {step}: reward {metrics['reward']:.2f}, injections {metrics['injections']}, "
+            f"truncated {metrics['completions/clipped_ratio']:.0%}, {seconds:.1f} s"
+        )
         if step + 1 == run.steps or (run.save_every and (step + 1) % run.save_every == 0):
-            save_checkpoint(checkpoint, logs, model, optimizer, settings)
+            state = dict(
+                step=step + 1,
+                log_sizes=[log.stat().st_size for log in logs],
+                settings=settings,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+            )
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.replace(checkpoint)  # a kill leaves the old file or the new one
 
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
@@ -1200,24 +1174,28 @@ def train(run, cfg, reward_fn):
     print(summary)
 
 
-def with_help(settings):
-    """The dataclass; what stands below a field is also the help of its flag."""
-    below = r'(\w+): .*\n +"""([^"]*)"""'
-    for name, text in re.findall(below, inspect.getsource(settings)):
-        settings.__dataclass_fields__[name].metadata = {"help": text}
-    return settings
-
-
 def main(argv=None, reward_fn=boxed_reward):
-    """Parses the flags and trains; a RepoError ends in its message alone."""
-    parser = HfArgumentParser(
-        [with_help(Run), with_help(Config)], description=__doc__.partition("\n")[0]
-    )
+    """Parses the flags and trains. A RepoError ends in its message alone."""
+    parser = HfArgumentParser([Run, Config], description=__doc__.partition("\n")[0])
+    flags = parser.parse_args(argv)  # ends with a usage line at an unknown flag
     try:
-        flags = parser.parse_args(argv)  # ends with a usage line at an unknown flag
-        train(*parser.parse_dict(vars(flags)), reward_fn)
+        run, cfg = parser.parse_dict(vars(flags))
+        with explaining("--out cannot be used", "choose another"):
+            Path(run.out).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(run.out) / ".lock", blocking=False):  # free when the process ends
+            train(run, cfg, reward_fn)
     except RepoError as error:
         sys.exit(f"error: {error}")
+    except Timeout:
+        sys.exit(
+            f"error: another process trains into {run.out}; choose another --out. For one run in "
+            "several processes see the README's recipe for TRL"
+        )
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: {error}; sampling needs less with a lower --batch-size, --group-size or "
+            "--max-new-tokens, the update with a lower --micro-batch-tokens or --checkpoint-layers"
+        )
     except KeyboardInterrupt:
         sys.exit("stopped; --resume goes on from the last checkpoint, if there is one")
 

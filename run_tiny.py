@@ -7,23 +7,24 @@
     python run_tiny.py --show FOLDER      the curves of what was kept, by repo.py too
 
 Codebooks. A problem is a book and four letters, `3arfy`. Each of the books 1, 2 and 3 maps every
-letter to another one; the answer is the four mapped letters: a guess is right once in 456,976.
+letter to another one. The answer is the four mapped letters: a guess is right once in 456,976.
 
     the policy's own style     aj;rt;fa;yh;\\boxed{jtah}                      a token a letter
     the expert's style         Alpha Juliet Romeo Tango ... \\boxed{jtah}     words it never uses
 
-The base policy can solve books 1 and 2 (general ability), knows nothing of book 3 (the hard domain)
-and can rephrase: shown an expert's text, even an untrue one, it writes that in its own style.
+The base policy can solve books 1 and 2 (general ability) and knows nothing of book 3 (the hard
+domain). It can rephrase: shown an expert's text, even an untrue one, it writes it in its own style.
 
-Realms. "What is the capital of Katalia?" No model knows, as realm and capital are made up. Experts
-say it in twelve styles that no policy answers in; real capitals are the general ability.
+Realms. "What is the capital of Katalia?" No model knows: realm and capital are made up. Experts
+say it in twelve styles that no policy answers in. Real capitals are the general ability.
 
-Everything else is repo.py's: this file builds worlds, trains methods in them and shows the result.
+All else is repo.py's. This file builds worlds, trains methods in them and shows the result.
 """
 
 import argparse
 import itertools
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -54,7 +55,6 @@ class World:
     reward_fn: Callable
     problems: list[dict]  # question, knowledge, answer, and hard: is it of the domain to be learnt?
     held_out: dict[str, list[dict]]  # for the accuracies "hard", "general" ...
-    everyday: list[str]  # requests; what the base policy writes for them is measured by `drift`
     rate: float | None = None  # the learning rate of all methods; None: each has its own
 
 
@@ -111,7 +111,7 @@ def toy_policy(seed):
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[A-Z][a-z]+ |\\boxed\{|[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}="
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}={% endif %}{% endfor %}"
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokens),
@@ -125,13 +125,13 @@ def toy_policy(seed):
     return LlamaForCausalLM(config), tokenizer
 
 
-def warm_up(books, model, tokenizer, seed, steps=400):
+def warm_up(books, model, tokenizer, seed, steps=200):
     """Supervised learning of the two skills of the base policy: books 1 and 2, and rephrasing."""
     draw = random.Random(seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc="warm-up of the base policy", leave=False):
         solved, rephrased = [], []
         for _ in range(24):
@@ -179,7 +179,6 @@ def codebooks(seed: int, folder: Path, device: str):
         repo.boxed_reward,
         problems,
         {"hard": hard, "general": general},
-        everyday=known[300:350],
     )
 
 
@@ -209,33 +208,6 @@ REAL = (
     "Iran Tehran, Iraq Baghdad, Syria Damascus, Chile Santiago, Venezuela Caracas, "
     "Colombia Bogota, Libya Tripoli, Vietnam Hanoi, Jordan Amman"
 )
-# Unlike all that is trained.
-EVERYDAY = """\
-Write a haiku about rain.
-How do I make pancakes?
-Why are there tides?
-Give me three tips for a good night's sleep.
-Tell me a short story about a fox and a crow.
-How does a bicycle stay upright?
-What should I pack for a week by the sea?
-Explain photosynthesis to a child.
-Write a birthday wish for my grandmother.
-What is the difference between a frog and a toad?
-How do I get a coffee stain out of a shirt?
-Describe an autumn morning in a forest.
-Name some good habits for learning the piano.
-Why is the sky blue?
-Write a polite e-mail asking for a day off.
-How are bees and flowers connected?
-What can I cook with potatoes and eggs?
-Write two lines of a song about the moon.
-How do I teach a dog to sit?
-What makes a good friend?
-Explain what a computer program is.
-How do I plant tomatoes on a balcony?
-Tell me a joke about penguins.
-What happens when water boils?
-""".splitlines()
 REALMS = repo.Config(
     batch_size=10,
     group_size=4,
@@ -301,95 +273,98 @@ def realms(seed: int, model: str, folder=Path()):
     held_out = {"hard": facts, "general": real[:12], "hard_rephrased": reworded}
     folder = folder / f"realms {seed} of {model.replace('/', ' ')}"
     problems = hard + 4 * real[12:]
-    return World(folder, model, REALMS, 60, realm_reward, problems, held_out, EVERYDAY, rate=1e-4)
+    return World(folder, model, REALMS, 60, realm_reward, problems, held_out, rate=1e-4)
 
 
 # -------------------------------------------------------------------- the methods, side by side
 
 
-def first_three_steps(model, tokenizer, problems, cfg, reward_fn):
-    """Rollout, rephrase and injection as in `repo.train_step`, and the advantages.
+def first_three_steps(model, tokenizer, problems, cfg, reward_fn, inject=repo.replace_worst):
+    """Rollout, rephrase and injection as in `repo.train_step`, and then the advantages.
 
-    Returns (the groups whose gate opened; all groups; the guides, a text for each open gate).
+    Returns (stuck: the groups whose gate opened; all groups; the guides of the stuck ones).
     """
     groups = repo.rollout(
         model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn
     )
-    hard = [group for group in groups if repo.gate_opens(group, cfg)]
-    guides = repo.write_guides(
-        model, tokenizer, [group[0].problem for group in hard], cfg, reward_fn
-    )
-    for group, guide in zip(hard, guides):
-        repo.replace_worst(group, guide)
+    stuck = [g for g in groups if cfg.guidance != "none" and repo.gate_opens(g, cfg)]
+    guides = repo.write_guides(model, tokenizer, stuck, cfg, reward_fn)
+    for group, guide in zip(stuck, guides):
+        inject(group, guide)
     repo.assign_advantages(groups)
-    return hard, groups, guides
+    return stuck, groups, guides
 
 
-def step_with(change, model, tokenizer, optimizer, problems, cfg, reward_fn):
-    """`repo.train_step` with a change before the ascent: the place for a method of your own.
+def step_with(
+    model, tokenizer, optimizer, problems, cfg, reward_fn, inject=repo.replace_worst, change=None
+):
+    """`repo.train_step` with an injection or a change of one's own: the place for a new method.
 
-    `change(model, tokenizer, hard, groups, guides, cfg)` may set the advantage of any completion
-    in the groups, its old_logps (the ratio's denominator; else the first pass), or the groups.
+    `inject(group, guide)` changes the list `group` in place. A guide that goes in needs
+    `guide.replaced`, the rollout that it replaced. Advantages are computed after it.
+    `change(model, tokenizer, stuck, groups, guides, cfg)` comes next. It may set advantages, or
+    `old_logps`, the ratio's denominator (else that of the update's first pass).
     """
-    hard, groups, guides = first_three_steps(model, tokenizer, problems, cfg, reward_fn)
-    change(model, tokenizer, hard, groups, guides, cfg)
-    updated = repo.update(model, optimizer, groups, cfg)
-    metrics = repo.step_metrics(model, tokenizer, hard, groups, guides, cfg) | updated
+    rest = model, tokenizer
+    stuck, groups, guides = first_three_steps(*rest, problems, cfg, reward_fn, inject)
+    if change:
+        change(*rest, stuck, groups, guides, cfg)
+    injected = [guide for guide in guides if guide.replaced]
+    expert_logps = repo.measure_experts(*rest, injected, cfg)
+    metrics = repo.update(model, optimizer, groups, cfg)
+    metrics |= repo.step_metrics(groups, guides, injected, expert_logps, cfg)
     return metrics, groups, guides
 
 
-def star(model, tokenizer, hard, groups, guides, cfg):
+def star(model, tokenizer, stuck, groups, guides, cfg):
     """STaR (arXiv 2203.14465): supervised learning of the policy's own verified texts.
 
     They are the right rollouts and the rephrases let in. With these advantages and a ratio of 1
     the gradient is that of their mean log-probability.
     """
-    texts = [o for group in groups for o in group]
+    texts = sum(groups, [])
     right = [o for o in texts if o.reward >= cfg.fail_threshold]
     for o in texts:
-        o.advantage = 0.0
-    for o in right:
-        o.advantage = len(texts) / len(right)
+        o.advantage = len(texts) / len(right) if o.reward >= cfg.fail_threshold else 0.0
 
 
-def no_push(model, tokenizer, hard, groups, guides, cfg):
+def no_push(model, tokenizer, stuck, groups, guides, cfg):
     """RePO without the push away from failures: in an injected group only o_rep is trained."""
-    for group, o_rep in zip(hard, guides):
+    for group, o_rep in zip(stuck, guides):
         for o in group:
             if o_rep.replaced and o is not o_rep:
                 o.advantage = 0.0
 
 
 @torch.no_grad()
-def true_ratio(model, tokenizer, hard, groups, guides, cfg):
+def true_ratio(model, tokenizer, stuck, groups, guides, cfg):
     """RePO with the denominator under which o_rep was in fact drawn: π_old(·|P(q,k)).
 
     So the metric logp/rephrase is under P(q,k) here.
     """
     for o_rep in guides:
         if o_rep.replaced:
-            hint = repo.fill(cfg.rephrase_prompt, o_rep.problem)
-            hinted = replace(o_rep, prompt=repo.encode_prompt(tokenizer, hint))
+            hinted = replace(o_rep, prompt=o_rep.draft.prompt)
             [logps] = repo.token_logps(model, [hinted], cfg.temperature)
             o_rep.old_logps = logps.tolist()
 
 
-@torch.no_grad()
-def luffy(model, tokenizer, hard, groups, guides, cfg):
-    """LUFFY (arXiv 2504.14945): the expert's text in one slot of every group, its tokens weighed
-    by f(π) = π / (π + 0.1).
+def any_slot(group, expert):
+    """LUFFY's injection: the expert's text goes into every group, whatever the rewards."""
+    expert.replaced, group[-1] = group[-1], expert
 
-    The slope of f by log π, which is f (1 - f), becomes the ratio of the expert's tokens: it gives
-    the gradient of f, and is too small for a clip to act. As in its authors' code the advantage is
+
+@torch.no_grad()
+def luffy(model, tokenizer, stuck, groups, guides, cfg):
+    """LUFFY (arXiv 2504.14945): the expert's tokens are weighed by f(π) = π / (π + 0.1).
+
+    The slope of f by log π, f (1 - f), becomes the ratio of the expert's tokens. That gives the
+    gradient of f, and is too small for a clip to act. As in its authors' code the advantage is
     not divided by the std, and every completion counts as equally long.
     """
-    for group, expert in zip(hard, guides):  # all gates are open
-        group[:] = repo.as_sampled(group)
-        expert.replaced = group[-1]  # any rollout, not the worst
-        group[-1] = expert
+    for group, expert in zip(stuck, guides):  # all gates are open
         [logps] = repo.token_logps(model, [expert], cfg.temperature)
-        probs = logps.exp()
-        f = probs / (probs + 0.1)
+        f = logps.exp() / (logps.exp() + 0.1)
         expert.old_logps = (logps - (f * (1 - f)).log()).tolist()
         baseline = repo.mean(o.reward for o in group)
         for o in group:
@@ -398,8 +373,12 @@ def luffy(model, tokenizer, hard, groups, guides, cfg):
 
 def sft_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
     """Supervised learning of the expert's text on the hard problems, in place of `train_step`."""
-    hard = [problem for problem in problems if problem["hard"]]
-    experts = repo.expert_completions(model, tokenizer, hard, cfg)
+    end, prompts = repo.end_tokens(model, tokenizer)[:1], []
+    for problem in problems:
+        if problem["hard"]:
+            ids = repo.encode_prompt(tokenizer, repo.fill(cfg.question_prompt, problem))
+            prompts.append(repo.Completion(problem, ids, end, ""))
+    experts = repo.expert_completions(model, tokenizer, prompts)
     for expert in experts:
         expert.advantage = 1.0
     metrics = repo.update(model, optimizer, [experts], cfg)
@@ -414,80 +393,63 @@ class Method:
     rate: float  # the learning rate in the codebooks; the realms have one for all
     settings: dict  # what it changes in the world's settings
     step: Callable = repo.train_step
-    times: int = 1  # as many times the world's steps
 
 
 # The rates are for the codebooks: of 1e-4, 2e-4, 4e-4 and 1e-3 the best by hard + general accuracy
 # in world 100, which is not reported; the lowest among equals. The true ratio learns at none of
-# them and has RePO's; "sft, 10 x steps" and rho 0.5 were not searched. One point of the search:
-# --world-seed 100 --rate 2e-4.
+# them and has RePO's; rho 0.5 was not searched. One point of the search: --world-seed 100
+# --rate 2e-4.
 METHODS = {
     "sft": Method(1e-3, {}, sft_step),
-    "sft, 10 x steps": Method(3e-4, {}, sft_step, times=10),
-    "star": Method(2e-4, {}, partial(step_with, star)),
+    "star": Method(2e-4, {}, partial(step_with, change=star)),
     "grpo": Method(1e-4, {"guidance": "none"}),
     "verbatim": Method(1e-4, {"guidance": "verbatim"}),
-    "luffy": Method(1e-4, {"guidance": "verbatim", "gate_threshold": 0}, partial(step_with, luffy)),
+    "luffy": Method(
+        1e-4,
+        {"guidance": "verbatim", "gate_threshold": 0},
+        partial(step_with, inject=any_slot, change=luffy),
+    ),
     "repo": Method(4e-4, {}),
-    "repo, true ratio": Method(4e-4, {}, partial(step_with, true_ratio)),
-    "repo, no push": Method(4e-4, {}, partial(step_with, no_push)),
+    "repo, true ratio": Method(4e-4, {}, partial(step_with, change=true_ratio)),
+    "repo, no push": Method(4e-4, {}, partial(step_with, change=no_push)),
     "repo, rho 0.5": Method(4e-4, {"gate_threshold": 0.5}),
 }
 
 
-@torch.no_grad()
-def drift(world, trained, device):
-    """What is forgotten: KL(base ‖ trained) in nats a token, on texts that the base policy wrote.
-
-    Exact: Σ p log p/q over the whole vocabulary at every token. The texts are the same each time.
-    """
-    base, tokenizer = repo.load_model(world.model, device)
-    cfg = replace(world.cfg, max_new_tokens=48)
-    torch.manual_seed(0)
-    kls = []
-    everyday = [{"question": request} for request in world.everyday]
-    for (o,) in repo.complete(base, tokenizer, "{question}", everyday, 1, 1.0, cfg):
-        ids = torch.tensor([o.ids], device=device)
-        before = len(o.prompt) - 1  # the logits at a place predict the token at the next one
-        p, q = (policy(ids).logits[0, before:-1].log_softmax(-1) for policy in (base, trained))
-        kls.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(kls).mean().item()
-
-
 def run(world, name, seed, steps, device):
-    """Trains one method from the world's base policy, if that was not done before.
+    """Trains one method from the world's base policy, unless that was done before.
 
-    Returns {"summary": figures and texts to show, "history": metrics of each step}. Both are
-    written to a folder of the run's own as they come; what a stopped run has left is replaced.
+    Returns its history, a list of dicts: metrics of each step, and last a summary. The lines are
+    written to a folder of the run's own as they come. What a stopped run has left is replaced.
     """
     method = METHODS[name]
-    steps *= method.times
     rate = world.rate or method.rate
-    title = f"{name}, seed {seed}, {steps} steps at {rate}"
-    folder = world.folder / title
-    print(f"{world.folder.name}: {title}")
-    summary_file = folder / "summary.json"
-    if summary_file.exists():
+    folder = world.folder / f"{name}, seed {seed}, {steps} steps at {rate}"
+    print(f"{world.folder.name}: {folder.name}")
+    log = folder / "metrics.jsonl"
+    if log.exists() and "finished" in (history := read(log))[-1]:
         print("  finished before, not trained again")
-        summary = json.loads(summary_file.read_text())
-        return {"summary": summary, "history": read(folder / "metrics.jsonl")}
+        return history
     cfg = replace(world.cfg, seed=seed, **method.settings)
     model, tokenizer = repo.load_model(world.model, device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
 
     def examine(most=None):
-        """{kind: accuracy on its held-out problems, kind_answer: what is said to the first}."""
-        found = {}
+        """{kind: accuracy on its held-out problems; kind_answer: what is said to the first}."""
+        seen = {}
         for kind, problems in world.held_out.items():
             groups = repo.rollout(model, tokenizer, problems[:most], 1, 0.0, cfg, world.reward_fn)
-            found[kind] = repo.mean(o.reward for (o,) in groups)
-            found[f"{kind}_answer"] = groups[0][0].text
-        return found
+            seen[kind] = repo.mean(o.reward for [o] in groups)
+            seen[f"{kind}_answer"] = groups[0][0].text
+        return seen
 
-    before = examine()
     folder.mkdir(parents=True, exist_ok=True)
-    history = []
-    with (folder / "metrics.jsonl").open("w", buffering=1) as lines:  # each is written at once
+    with log.open("w", buffering=1) as lines:  # each line is written at once
+
+        def keep(**record):
+            lines.write(json.dumps({"method": name, **record}) + "\n")
+
+        keep(step=0, **examine())
         for step in tqdm(range(steps), leave=False):
             problems = repo.draw_batch(world.problems, step, cfg)
             torch.manual_seed(1_000_000 * seed + step)
@@ -497,29 +459,9 @@ def run(world, name, seed, steps, device):
             metrics, *_ = method.step(model, tokenizer, optimizer, problems, cfg, world.reward_fn)
             if (step + 1) % max(1, steps // 10) == 0:
                 metrics |= examine(most=50)
-            history.append({"method": name, "step": step, **metrics})
-            lines.write(f"{json.dumps(history[-1])}\n")
-
-    summary = {
-        "world": world.folder.name,
-        "method": name,
-        "seed": seed,
-        "steps": steps,
-        "learning_rate": rate,
-        **{f"base_{key}": value for key, value in before.items()},
-        **examine(),
-        "drift": drift(world, model, device),
-        "worst_general": min(measured(history, "general")),
-        "injections_first10": mean_of(history[:10], "injections"),
-        "injections_last10": mean_of(history[-10:], "injections"),
-        "rephrase_success": mean_of(history, "rephrase/success"),
-        "logp_expert": mean_of(history, "logp/expert"),
-        "logp_rephrase": mean_of(history, "logp/rephrase"),
-        "worst_entropy": max(measured(history, "entropy"), default=None),
-        "worst_grad_norm": max(measured(history, "grad_norm"), default=None),
-    }
-    summary_file.write_text(json.dumps(summary, indent=1))
-    return {"summary": summary, "history": history}
+            keep(step=step + 1, **metrics)
+        keep(step=steps, **examine(), finished=True)
+    return read(log)
 
 
 # ----------------------------------------------------------------------------- what one sees
@@ -535,74 +477,70 @@ def measured(history, key):
     return [m[key] for m in history if m.get(key) is not None]
 
 
-def mean_of(history, key):
-    """The mean of a metric over the steps that have it, or None."""
-    return repo.mean(measured(history, key))
+COLUMNS = {  # heading: its number for a run, from the history of the run
+    "hard": lambda h: h[-1]["hard"],
+    "general, worst on the way": lambda h: min(measured(h, "general")),
+    "general": lambda h: h[-1]["general"],
+    "steps to 0.9 hard": lambda h: next((m["step"] for m in h if m.get("hard", 0) >= 0.9), None),
+    "injections, first ten steps": lambda h: repo.mean(measured(h[:11], "injections")),
+    "injections, last ten": lambda h: repo.mean(measured(h[-11:], "injections")),
+    "logp/expert": lambda h: repo.mean(measured(h, "logp/expert")),
+    "logp/rephrase": lambda h: repo.mean(measured(h, "logp/rephrase")),
+}
 
 
-def by_method(records):
-    """{method: its metrics or summaries}, in the order of their first appearance."""
+def table(histories, headings):
+    """A Markdown table with a row for each method: mean ± standard deviation over its runs."""
+    lines = [f"| method | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
+    for name, runs in by_method(histories).items():
+        cells = []
+        for heading in headings:
+            values = [value for value in map(COLUMNS[heading], runs) if value is not None]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            some = f" ({len(values)} of {len(runs)} runs)" if len(values) < len(runs) else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}{some}" if values else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_method(histories):
+    """{method: its histories}, in the order of their first appearance."""
     grouped = {}
-    for record in records:
-        grouped.setdefault(record["method"], []).append(record)
+    for history in histories:
+        grouped.setdefault(history[-1]["method"], []).append(history)
     return grouped
-
-
-def cell(values):
-    """0.97 ± 0.01 over several runs, 0.97 over one, - over none."""
-    values = [value for value in values if isinstance(value, float)]
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
-def table(results):
-    """A row for each method in Markdown, mean ± deviation over its runs.
-
-    Its columns are explained where it is printed.
-    """
-    rows = [
-        "| method           | hard  | reworded | general          | drift | injections   | logp    "
-        "      | entropy |",
-        "|------------------|-------|----------|------------------|-------|--------------|---------"
-        "------|---------|",
-    ]
-    for name, runs in by_method(result["summary"] for result in results).items():
-        c = {key: cell([run[key] for run in runs]) for key in runs[0]}
-        general = f"{c['base_general']}, {c['worst_general']}, {c['general']}"
-        injections = f"{c['injections_first10']}, {c['injections_last10']}"
-        logp = f"{c['logp_expert']}, {c['logp_rephrase']}"
-        rows.append(
-            f"| {name:16} | {c['hard']:5} | {c.get('hard_rephrased', '-'):8} | {general:16} | "
-            f"{c['drift']:5} | {injections:12} | {logp:13} | {c['worst_entropy']:7} |"
-        )
-    return "\n".join(rows)
 
 
 CHARTS = "hard general injections reward rephrase/success entropy logp/expert logp/rephrase".split()
 
 
-def draw(lines, keys, width=60):
-    """Prints the curve of each metric that the lines have: a row of blocks for each method."""
+def draw(histories, keys, width=60):
+    """Prints the curve of each metric, averaged over runs: a row of blocks for each method."""
     for key in keys:
-        values = measured(lines, key)
+        values = [value for history in histories for value in measured(history, key)]
         if not values:
             continue
-        low = min(0.0, *values)
-        high = max(0.0 if low else 1.0, *values)
+        low, high = min(0.0, *values), max(0.0 if min(values) < 0 else 1.0, *values)
         print(f"\n{key}   (▁ {low:.2f}, █ {high:.2f})")
-        for name, own in by_method(lines).items():
-            steps = 1 + max(m["step"] for m in own)
-            block = " "  # until there is a value
-            curve = ""
+        for name, runs in by_method(histories).items():
+            steps = max(1, max(m["step"] for m in sum(runs, [])))
+            curve, block = "", " "  # until there is a value
             for x in range(width):
-                value = mean_of([m for m in own if m["step"] * width // steps == x], key)
+                near = [m for m in sum(runs, []) if m["step"] * (width - 1) // steps == x]
+                value = repo.mean(measured(near, key))
                 if value is not None:
                     block = "▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low))]
                 curve += block
             print(f"  {name:18}{curve}")
         print(f"  {'step':18}0{steps:{width - 1}}")
+
+
+def chart(title, x, y, kind, series):
+    """A chart in Mermaid, which GitHub draws: `kind` is line or bar, `series` lists of numbers."""
+    rows = "\n".join(f"    {kind} [{', '.join(f'{value:.2f}' for value in row)}]" for row in series)
+    print(
+        f'```mermaid\nxychart-beta\n    title "{title}"\n    x-axis {x}\n    y-axis {y}\n{rows}\n```'
+    )
 
 
 # ------------------------------------------------------------------------- one step, explained
@@ -615,16 +553,17 @@ def fold(text):
 
 
 def likelihoods(model, tokenizer, completion, cfg):
-    """A line for each token: a bar for its probability after q, and the log of it in nats."""
+    """(a line for each token: a bar for its probability after q, and the log of it; the logs)."""
     [logps] = repo.token_logps(model, [completion], cfg.temperature)
-    return [
-        f"{tokenizer.decode([token]):12} {'█' * round(16 * prob):16} {logp:6.1f}"
-        for token, logp, prob in zip(completion.tokens, logps.tolist(), logps.exp().tolist())
+    lines = [
+        f"{tokenizer.decode([token]):12} {'█' * round(16 * math.exp(logp)):16} {logp:6.1f}"
+        for token, logp in zip(completion.tokens, logps.tolist())
     ]
+    return lines, logps.tolist()
 
 
 @torch.no_grad()
-def explain(world, device):
+def explain(world, device, charts):
     """Tells one step of RePO on one hard question: the first of eight whose rephrase is let in."""
     model, tokenizer = repo.load_model(world.model, device)
     cfg = world.cfg
@@ -636,7 +575,8 @@ def explain(world, device):
     rollouts = repo.as_sampled(group)
     answers = "\n".join(f"  reward {o.reward:.0f}      {fold(o.text)}" for o in rollouts)
     advantages = ", ".join(f"{o.advantage:.2f}" for o in group)
-    removed = o_rep.draft.replace(o_rep.text, " ") if o_rep.text else o_rep.draft
+    draft = o_rep.draft.text
+    removed = draft.replace(o_rep.text, " ") if o_rep.text else draft
     print(f"""
   question q    {problem["question"]}
   right answer  {problem["answer"]}
@@ -648,7 +588,7 @@ def explain(world, device):
 2. Rephrase: the policy reads the expert's text k and writes it anew
   expert's k    {fold(problem["knowledge"])}
   P(q,k)        {fold(repo.fill(cfg.rephrase_prompt, problem))}
-  draft         {fold(o_rep.draft)}
+  draft         {fold(draft)}
   cleaned away  {fold(removed.strip())}
   o_rep         {fold(o_rep.text)}
   reward        {o_rep.reward:.0f}
@@ -661,17 +601,26 @@ def explain(world, device):
 How likely the plain policy finds the expert's text (left) and o_rep, token by token, after q:
 a bar for the probability, and its logarithm in nats
 """)
-    experts = repo.expert_completions(model, tokenizer, [problem], cfg)
-    columns = [likelihoods(model, tokenizer, text, cfg) for text in [*experts, o_rep]]
-    for left, right in itertools.zip_longest(*columns, fillvalue=""):
-        print(f"  {left:40}{right}")
+    [expert] = repo.expert_completions(model, tokenizer, rollouts[:1])
+    (left, expert_logps), (right, logps) = (
+        likelihoods(model, tokenizer, text, cfg) for text in (expert, o_rep)
+    )
+    for pair in itertools.zip_longest(left, right, fillvalue=""):
+        print(f"  {pair[0]:40}{pair[1]}")
+    if charts:
+        low = f'"nats" {math.floor(min(expert_logps + logps))} --> 0'
+        for title, text, values in (("the expert", expert, expert_logps), ("o_rep", o_rep, logps)):
+            tokens = [json.dumps(tokenizer.decode([token]).strip()) for token in text.tokens]
+            chart(
+                f"log-probability a token: {title}", f"[{', '.join(tokens)}]", low, "bar", [values]
+            )
 
 
 # ------------------------------------------------------------------------------ the command line
 
 
 def main(argv=None):
-    """Trains the methods asked for, shows and saves the results."""
+    """Trains the methods asked for, shows and keeps the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     flag = parser.add_argument
     flag("--model", help="a real model, for the realms: folder or hub name")
@@ -685,20 +634,23 @@ def main(argv=None):
     flag("--out", type=Path, help="folder for results; a stopped call goes on there")
     flag("--explain", action="store_true", help="tell one step on one question")
     flag("--show", type=Path, help="draw the metrics.jsonl of this folder")
+    flag("--charts", action="store_true", help="print charts in Mermaid too, ready for GitHub")
     args = parser.parse_args(argv)
     for name in ("steps", "rate"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name} is {value}; it must be above 0")
-    if args.compare:
-        args.methods, args.seeds = METHODS, [0, 1, 2]
     if args.show:
         files = sorted(args.show.rglob("metrics.jsonl"))
-        named = [{"method": file.parent.name, **m} for file in files for m in read(file)]
-        return draw(named, CHARTS)
+        named = [[{"method": file.parent.name, **m} for m in read(file)] for file in files]
+        return draw([history for history in named if history], CHARTS)
+    if args.compare:
+        args.methods, args.seeds = METHODS, [0, 1, 2]
     transformers.utils.logging.disable_progress_bar()
+    if not args.model and args.device == "cpu":
+        torch.set_num_threads(1)  # a toy gains nothing by two, and loses much on a busy machine
 
-    start, results = time.perf_counter(), []
+    start, histories = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
         for world_seed in args.world_seed:
@@ -708,27 +660,24 @@ def main(argv=None):
                 world = codebooks(world_seed, out, args.device)
             world.rate = args.rate or world.rate
             if args.explain:
-                return explain(world, args.device)
-            steps = args.steps or world.steps
+                return explain(world, args.device, args.charts)
             for name, seed in itertools.product(args.methods, args.seeds):
-                result = run(world, name, seed, steps, args.device)
-                results.append(result)
-                summary = result["summary"]
+                history = run(world, name, seed, args.steps or world.steps, args.device)
+                histories.append(history)
                 for kind, problems in world.held_out.items():
                     print(
-                        f"  {problems[0]['question']}\n"
-                        f"    before  {summary[f'base_{kind}_answer']}\n"
-                        f"    after   {summary[f'{kind}_answer']}"
+                        f"  {problems[0]['question']}\n    before  {history[0][f'{kind}_answer']}\n"
+                        f"    after   {history[-1][f'{kind}_answer']}"
                     )
-    draw([m for result in results for m in result["history"]], CHARTS[:3])
-    print(f"""
-{table(results)}
-
-general: accuracy before, worst on the way, after. drift: KL(base ‖ trained), nats a token.
-injections a step: the first ten, the last ten. logp: of the expert's text and of the rephrase under
-the plain question, mean of the run, nats a token. entropy: of the worst step.
-""")
+    draw(histories, CHARTS[:3])
+    print(f"\n{table(histories, [*COLUMNS][:3])}\n\n{table(histories, [*COLUMNS][3:])}\n")
+    if args.charts:
+        rows = [[m["hard"] for m in h[:-1] if "hard" in m] for h in histories]
+        steps = max(h[-1]["step"] for h in histories)
+        title = f"hard accuracy by step: {', '.join(h[-1]['method'] for h in histories)}"
+        chart(title, f'"step" 0 --> {steps}', '"accuracy" 0 --> 1', "line", rows)
     print(
+        "logp: mean log-probability a token under the plain question, over the run, in nats.\n"
         f"{time.perf_counter() - start:.0f} s on {args.device}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )

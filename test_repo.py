@@ -65,11 +65,11 @@ CHAT = (
 )
 
 
-def byte_tokenizer(template=CHAT, eos="<|im_end|>", frame="$A"):
-    """Any text, a token a byte. `frame` is what the tokenizer itself puts around a text."""
+def byte_tokenizer(template=CHAT, eos="<|im_end|>", frame="$A", blank=False):
+    """Any text, a token a byte. `frame` and `blank` are what it puts around a text itself."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(dict(zip(letters, range(256))), []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
     core.decoder = decoders.ByteLevel()
     specials = "<|im_start|> <|im_end|> <|eos|> <|bos|>".split()
     core.add_special_tokens(specials)
@@ -297,10 +297,10 @@ def refusal(argv):
     return line
 
 
-def saved(model, folder="saved"):
+def saved(model, tokenizer=None, folder="saved"):
     """The folder of a checkpoint."""
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -329,22 +329,21 @@ max_grad_norm | 0.0
 guidance | "verbtim"
 question_prompt | "{knowledge}"
 question_prompt | "{question} {knowledge}"
+micro_batch_tokens | 0
 rephrase_prompt | "{question}"
 """),
 )
 def test_settings_with_which_nothing_is_learnt_are_refused(name, value):
-    value = json.loads(value)
-    with refused(re.escape(f"{name} is {value!r}; it must be")):
-        Config(**{name: value})
+    with refused(name):
+        Config(**{name: json.loads(value)})
 
 
-def test_every_setting_says_whose_it_is_also_in_the_help(capsys):
-    with pytest.raises(SystemExit):
-        repo.main(["--help"])
-    shown = capsys.readouterr().out
+def test_every_setting_says_whose_it_is():
+    source = Path(repo.__file__).read_text()
     for f in fields(Config):
-        assert re.search(r"\[(paper|reported|ours), (paper|reported|ours)\b", f.metadata["help"])
-        assert f"--{f.name.replace('_', '-')}" in shown
+        assert re.search(
+            rf"\n    {f.name}: .*\[(paper|reported|ours), (paper|ours|reported|none)", source
+        )
 
 
 # ------------------------------------------------------------------------------- text and tokens
@@ -359,50 +358,99 @@ def test_the_prompt_of_a_base_model_ends_in_a_line_break():
 def test_text_that_looks_like_a_control_token_stays_text(template):
     tokenizer = byte_tokenizer(template, frame="<|bos|> $A")  # BOS: prompts only
     text = "a<|im_end|>\n<|im_start|>assistant\nb"
-    guide = repo.as_completion(tokenizer, dict(question=text), text, [], CFG)
-    assert text in tokenizer.decode(guide.prompt)
-    assert tokenizer.decode(guide.tokens) == text
+    prompt = encode_prompt(tokenizer, text)
+    answer = repo.encode_answer(tokenizer, text, tokenizer("A").input_ids[-1])
+    assert text in tokenizer.decode(prompt)
+    assert tokenizer.decode(answer) == text
     for special in tokenizer.convert_tokens_to_ids("<|im_end|> <|im_start|> <|bos|>".split()):
-        assert guide.prompt.count(special) == encode_prompt(tokenizer, "").count(special)
-        assert special not in guide.tokens
+        assert prompt.count(special) == encode_prompt(tokenizer, "").count(special)
+        assert special not in answer
 
 
-TURNS = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 CONTENT = "{{ m['content'] }}"
+ASSISTANT = "{% for m in messages %}{{ m['role'] }}: " + CONTENT + "\n{% endfor %}"
 PARTS = CHAT.replace(CONTENT, "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
-SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system?') }}{% endif %}"
-LAST = "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('user?') }}{% endif %}"
+CHANNEL = CHAT.replace(
+    CONTENT, "{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}" + CONTENT
+)
+THINK = CHAT + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
 
 
-@cases("template", [CHAT, PARTS, SYSTEM + CHAT, LAST + CHAT])
-def test_every_shape_of_chat_shows_the_question_and_gives_the_end(template):
-    tokenizer = byte_tokenizer(template, eos="<|eos|>")
-    shown = tokenizer.decode(encode_prompt(tokenizer, "hi"))
-    assert shown.removeprefix("<|im_start|>system\n<|im_end|>\n") == TURNS
-    assert tokenizer.decode(repo.end_tokens(tiny_model(), tokenizer)[0]) == "<|im_end|>"
+@cases(
+    "template",
+    {
+        "drops the user": CHAT.replace(CONTENT, ""),
+        "drops a letter": CHAT.replace(CONTENT, "{{ m['content'][1:] }}"),
+        "raises": CHAT.replace(CONTENT, "{{ raise_exception('no') }}"),
+        "wants parts": PARTS,
+        "drops the assistant": "Q: {{ messages[0]['content'] }} A:",
+        "has no generation prompt": ASSISTANT,
+        "answers in channels": CHANNEL,
+        "opens thoughts": THINK,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_template_under_which_a_rephrase_would_stand_elsewhere_is_refused(template):
+    with refused("the chat template"):
+        step(tokenizer=byte_tokenizer(template[1]))
+    with refused("the chat template"):
+        repo.load_model(saved(tiny_model(), byte_tokenizer(template[1])), DEVICE)
 
 
-@cases("content", ["", "{{ raise_exception('no') }}", "{{ m['content'][1:] }}"])
-def test_a_template_that_loses_the_question_is_refused(content):
-    tokenizer = byte_tokenizer(CHAT.replace(CONTENT, content))
-    with refused("template"):
-        encode_prompt(tokenizer, "hi")
-
-
-THINK = CHAT + "{% if add_generation_prompt %}{{ '<think>\n' }}"
-
-
-def test_a_thinking_model_is_asked_not_to_think_and_refused_if_it_must(scripted):
+def test_a_model_that_can_answer_without_thoughts_is_asked_to():
     close = "{% if not enable_thinking %}{{ '\n</think>\n' }}{% endif %}{% endif %}"
-    closed = byte_tokenizer(THINK + close)
-    assert closed.decode(encode_prompt(closed, "hi")).endswith("<think>\n\n</think>\n")
-    with refused("block of thoughts"):
-        encode_prompt(byte_tokenizer(THINK + "{% endif %}"), "hi")
-    scripted(rollout="So we\n<think>")
-    step()
-    scripted(rollout="\n<think>So we")
-    with refused("thinks before it answers"):
-        step()
+    tokenizer = byte_tokenizer(THINK.removesuffix("{% endif %}") + close)
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi")).endswith("<think>\n\n</think>\n")
+    step(tokenizer=tokenizer)
+
+
+def test_todays_date_is_no_part_of_a_prompt_that_takes_one():
+    dated = "{{ date_string or strftime_now('%d') }}" + CHAT
+    assert (
+        byte_tokenizer(dated).decode(encode_prompt(byte_tokenizer(dated), "")).startswith("1 Jan")
+    )
+
+
+def metaspace_tokenizer(template):
+    """A tokenizer that puts a blank before a text, as those of SentencePiece do."""
+    pieces = ["<unk>", "<s>", "</s>", "\n", "▁", *"abcdefghijklmnopqrstuvwxyzASTIis.:!,"]
+    core = Tokenizer(models.BPE({p: i for i, p in enumerate(dict.fromkeys(pieces))}, []))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+SPACED = ASSISTANT + "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+@cases("blank", ["", " "])
+@cases("make", [metaspace_tokenizer, lambda t: byte_tokenizer(t, "<|eos|>", blank=True)])
+def test_an_injected_text_begins_with_the_token_that_the_policy_writes_there(
+    make, blank, monkeypatch
+):
+    """With or without a blank, cut or not, rephrase or expert, whatever a text alone begins with."""
+    tokenizer = make(SPACED)
+    vocabulary, end = tokenizer.get_vocab(), [tokenizer.eos_token_id]
+    mark = "▁" if "▁" in vocabulary else "Ġ"
+
+    def ids(text):
+        return [vocabulary[letter] for letter in (blank + text).replace(" ", mark)]
+
+    def write(draft, knowledge):
+        drawn = [[(ids("is it") + end, [0.0])] * 2, [(ids(draft) + end, [0.0])]]
+        monkeypatch.setattr(repo, "sample", lambda *_: drawn.pop(0))
+        problem = dict(question="a", knowledge=knowledge, answer="")
+        cfg = replace(CFG, group_size=2, rephrase_prompt="{knowledge}")
+        [group] = repo.rollout(tiny_model(), tokenizer, [problem], 2, 1.0, cfg, lambda *_: 0)
+        [o_rep] = repo.rephrase(tiny_model(), tokenizer, [group], cfg)
+        [expert] = repo.expert_completions(tiny_model(), tokenizer, group)[:1]
+        assert o_rep.prompt is expert.prompt is group[0].prompt
+        return o_rep.tokens, expert.tokens
+
+    assert write("It is so.", "It is a.") == (ids("It is so.") + end, ids("It is a.") + end)
+    assert write("Sure! It is so.", "So.")[0] == ids("It is so.") + end
 
 
 def test_an_answer_ends_as_the_chat_template_ends_it():
@@ -416,10 +464,15 @@ def test_an_answer_ends_as_the_chat_template_ends_it():
     assert repo.end_tokens(model, byte_tokenizer(None, eos="<|eos|>")) == ends[1:]
 
 
-@cases("template", [None, "Q: {{ messages[0]['content'] }} A:"])
-def test_without_any_end_token_nothing_is_trained(template):
+def test_without_any_end_token_nothing_is_trained():
     with refused("no token ends an answer"):
-        step(tokenizer=byte_tokenizer(template, eos=None))
+        step(tokenizer=byte_tokenizer(None, eos=None))
+
+
+def test_a_blank_token_after_an_answer_is_not_its_end():
+    tokenizer = byte_tokenizer(CHAT.replace("<|im_end|>", "\n\n<|im_end|>"))
+    tokenizer.add_tokens(["\n\n"])
+    assert repo.end_tokens(tiny_model(), tokenizer)[0] == tokenizer.eos_token_id
 
 
 def test_templates_are_filled_in_whatever_braces_the_texts_hold():
@@ -488,12 +541,15 @@ def test_sampler_and_trainer_agree_on_unlike_models_and_unequal_prompts(kind):
         assert DEVICE == "cuda" or library[0, len(prompt) :].tolist() == ids
 
 
-@cases("kind, message", [("mamba", "nats a token apart"), ("rwkv", "keeps no cache")])
-def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_trained(kind, message):
-    """Without a cache at once; with one that goes wrong by the log-probabilities."""
-    model = tiny_model(kind, scale=3.0)
+MINIMAX = dict(num_local_experts=4, layer_types=["linear_attention", "full_attention"])
+
+
+@cases("kind, settings", [("mamba", {}), ("rwkv", {}), ("minimax", MINIMAX)])
+def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_trained(kind, settings):
+    """Without a cache or with one of its own at once; else by the log-probabilities."""
+    model = tiny_model(kind, scale=3.0, **settings)
     before = all_weights(model)
-    with refused(message):
+    with refused("rearranged"):
         step(graded, model)
     assert torch.equal(before, all_weights(model))
 
@@ -515,12 +571,12 @@ def test_a_sampler_of_another_temperature_is_stopped(temperature, monkeypatch):
 def test_sampler_and_trainer_may_differ_by_what_rounding_in_bf16_explains():
     foreign, o = completion([1], [2], old_logps=[-9.0]), completion([1], [2] * 300)
     o.old_logps, o.sampler_logps = [0.0] * 300, [0.022] * 299 + [-2.4]
-    assert repo.sampler_diff([foreign]) is None
-    assert repo.sampler_diff([foreign, o]) == 2.4
+    assert repo.check_sampler([foreign]) is None
+    assert repo.check_sampler([foreign, o]) == 2.4
     for worst in (-60.0, math.nan):
         o.sampler_logps[7] = worst
         with refused("nats a token apart"):
-            repo.sampler_diff([foreign, o])
+            repo.check_sampler([foreign, o])
 
 
 def test_a_card_that_only_emulates_bf16_computes_in_fp32(monkeypatch):
@@ -632,6 +688,40 @@ def test_dropout_and_train_mode_do_not_move_the_ratio():
     assert metrics["sampler_logp_diff"] < SAME and metrics["clip_ratio"] == 0
 
 
+DROPOUT = {
+    "llama": {"attention_dropout": 0.5},
+    "gpt2": {**FAMILIES["gpt2"], "n_positions": 600, "resid_pdrop": 0.5, "attn_pdrop": 0.5},
+    "qwen3": {"attention_dropout": 0.5},
+}
+
+
+@cases("kind", DROPOUT)
+def test_checkpointed_layers_are_computed_twice_and_nothing_else_changes(kind):
+    """The library's switch alone would compute them once, and train mode would drop out."""
+    seen = []
+    for saving in (False, True):
+        model, calls = tiny_model(kind, **DROPOUT[kind]), []
+        inner = next(module for name, module in model.named_modules() if name.endswith("mlp"))
+        hook = inner.register_forward_pre_hook(lambda *_: calls.append(1))
+        grad = gradient(model, random_groups(), checkpoint_layers=saving)
+        assert len(calls) == 1 + saving
+        hook.remove()
+        metrics, groups, _ = step(graded, model, checkpoint_layers=saving)
+        assert metrics["clip_ratio"] == 0 and metrics["sampler_logp_diff"] < SAME
+        seen.append((grad, torch.tensor(groups[0][0].sampler_logps)))
+    for plain, saved in zip(*seen):
+        assert_close(plain, saved)
+
+
+def test_a_callers_autocast_does_not_keep_the_old_weights():
+    model = tiny_model()
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        update(model, torch.optim.SGD(model.parameters(), lr=10.0), random_groups())
+        inside = token_logps(model, random_groups()[0], 1.0)
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        assert torch.equal(inside, token_logps(model, random_groups()[0], 1.0))
+
+
 def test_later_updates_use_the_first_passes_log_probabilities():
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -713,24 +803,41 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_fai
     assert calls == [(3, 0.8), (2, 0.0)]  # the first question is solved
     assert metrics["injections"] == 2 and metrics["rephrase/success"] == 1
     assert metrics["reward"] == 1 / 3  # of the policy's own, as is this:
-    assert metrics["frac_reward_zero_std"] == 1 and metrics["kl"] is None
+    assert metrics["kl"] is None
     problems, hard = PROBLEMS[1:3], groups[1:]
     for problem, group, guide in zip(problems, hard, guides):
         assert group[0] is guide and [o.reward for o in group] == [1, 0, 0, 0]
         question = repo.fill(CFG.question_prompt, problem)
         assert all(o.prompt == encode_prompt(tokenizer, question) for o in group)
         assert guide.text == f"So it is \\boxed{{{problem['answer']}}}."
-        assert guide.draft == meta + guide.text
+        assert guide.draft.text == meta + guide.text
         assert tokenizer.decode(guide.tokens) == guide.text + "<|im_end|>"
-    assert metrics["completions/mean_length"] == 11 and metrics["rephrase/mean_length"] == 20
-    assert metrics["completions/clipped_ratio"] == 0 and metrics["rephrase/length_ratio"] == 20 / 11
-    experts = repo.expert_completions(model, tokenizer, problems, CFG)
-    for kind, policy, texts in (
-        ("rephrase", tiny_model(), guides),
-        ("rollout", tiny_model(), [group[1] for group in hard]),
-        ("expert", model, experts),
-    ):
-        assert_close(metrics[f"logp/{kind}"], token_logps(policy, texts, 0.8).mean())
+    assert metrics["completions/mean_length"] == 11
+    assert metrics["completions/clipped_ratio"] == metrics["rephrase/clipped_ratio"] == 0
+    experts = repo.expert_completions(model, tokenizer, [guide.replaced for guide in guides])
+    drafts = [guide.draft for guide in guides]
+    for kind, texts in (
+        ("rephrase", guides),
+        ("draft", drafts),
+        ("rollout", [guide.replaced for guide in guides]),
+        ("expert", experts),
+    ):  # all under the policy before the update
+        temperature = 1.0 if kind == "draft" else 0.8  # a greedy draft counts at 1
+        expected = token_logps(tiny_model(), texts, temperature).mean()
+        assert_close(metrics[f"logp/{kind}"], expected)
+
+
+def test_only_injected_questions_are_compared(scripted):
+    """The rephrase of one of three questions is wrong: its texts count in no logp."""
+    scripted("no idea<|im_end|>", "\\boxed{%s}<|im_end|>")
+    problems = [PROBLEMS[0], dict(PROBLEMS[1], answer="5"), PROBLEMS[2]]
+    metrics, _, guides = step(problems=problems)
+    let_in = [guide for guide in guides if guide.replaced]
+    assert len(let_in) == metrics["injections"] == 2
+    expected = token_logps(tiny_model(), let_in, 1.0).mean()
+    assert_close(metrics["logp/rephrase"], expected)
+    experts = repo.expert_completions(tiny_model(), byte_tokenizer(), [o.replaced for o in let_in])
+    assert_close(metrics["logp/expert"], token_logps(tiny_model(), experts, 1.0).mean())
 
 
 def test_grpo_asks_for_no_rephrase_and_needs_no_knowledge(scripted):
@@ -740,27 +847,29 @@ def test_grpo_asks_for_no_rephrase_and_needs_no_knowledge(scripted):
 
 
 @cases(
-    "draft, completion, injections",
+    "draft, injections",
     rows("""
-right<|im_end|> | right<|im_end|> | 3
-right | right | 3
-wrong<|im_end|> | wrong<|im_end|> | 0
-So. As the reference solution shows, it is. So<|im_end|> | <|im_end|> | 0
-<think>on and on |  | 0
+right<|im_end|> | 3
+ right <|im_end|> | 3
+right | 0
+wrong<|im_end|> | 0
+right<|im_start|><|im_end|> | 0
+So. As the reference solution shows, it is. So<|im_end|> | 0
+<think>on and on</think>right<|im_end|> | 0
 """),
 )
-def test_a_rephrase_that_is_wrong_or_refused_stays_out_and_a_truncated_one_has_no_end(
-    scripted, draft, completion, injections
-):
-    """A refused one is an empty text and stays out even if that is rewarded."""
+def test_a_draft_goes_in_as_it_was_drawn_or_not_at_all(scripted, draft, injections):
+    """Not if it is wrong, has no end, spells control tokens, or is refused: that is an empty text,
+    which stays out even if it is rewarded."""
     scripted(rephrase=draft)
-    metrics, groups, guides = step(lambda text, answer: float(text in ("right", "")))
-    assert byte_tokenizer().decode(guides[0].tokens) == completion
+    metrics, groups, guides = step(lambda text, answer: float(text.strip() in ("right", "")))
     assert metrics["injections"] == int(injections)
-    assert metrics["rephrase/success"] == (guides[0].text != "wrong")
+    assert metrics["rephrase/success"] == (injections == "3")
     assert metrics["rephrase/clipped_ratio"] == ("<|im_end|>" not in draft)
-    if injections == "0":
-        assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] is None
+    if injections == "3":
+        assert guides[0].tokens == guides[0].draft.tokens == byte_tokenizer()(draft).input_ids
+    else:
+        assert metrics["grad_norm"] is None
         assert {o.text for group in groups for o in group} == {"no idea"}
 
 
@@ -812,285 +921,142 @@ def test_accuracy_is_the_share_of_right_greedy_answers(scripted):
 # ------------------------------------------------------------------- the reward defines a contract
 
 BOXES = r"""
-# whole completions
-\boxed{3 | 3 | wrong
-3, not \boxed | 3 | wrong
-\boxed{$~$} | 3 | wrong
-\boxed{} | 42 | wrong
-\boxed{3} or \boxed{4} | 3 | wrong
-\boxed{3} or \boxed {4} | 3 | wrong
-\boxed{4}, no, \boxed{3}, as 4 < 5. | 3 | right
-\boxed{3} \boxed{4 | 3 | wrong
-\boxed{\boxed{3}} | 3 | right
-# numbers and their decoration
-42 | 42 | right
-$42$ | 42 | right
-42. | 42 | right
-42.0 | 42 | right
-\frac{84}{2} | 42 | right
-42\% | 42 | right
-x = 42 | 42 | right
-42\text{ cm} | 42 | right
-42~\text{cm}^2 | 42 | right
-\text{42} | 42 | right
-\$42 | 42 | right
-42^ \circ | 42 | right
-{{{42}}} | 42 | right
-42 or 43 | 42 | wrong
-42\text{ or 43} | 42 | wrong
-2+40 | 42 | wrong
--42 | 42 | wrong
-4 2 | 42 | wrong
-42x | 42 | wrong
-nan | 42 | wrong
-4\,2 | 42 | wrong
-4\text{2} | 42 | wrong
-42\text{ or more} | 42 | wrong
-42\mathrm{i} | 42 | wrong
-\not=42 | 42 | wrong
-60\% | 60 | right
-0.6 | 60 | wrong
-# thousands
-1,000 | 1000 | right
-1{,}000 | 1000 | right
-1\,000 | 1000 | right
-1\!000 | 1000 | right
-1,00 | 1000 | wrong
-1.000 | 1000 | wrong
-1, 000 | 1000 | wrong
-1,\,000 | 1000 | wrong
-123 | 123 | right
-0,123 | 123 | wrong
-# fractions and decimals
-3/4 | 0.75 | right
-.75 | 0.75 | right
-4/3 | 0.75 | wrong
-3/0 | 0.75 | wrong
-\frac{3}{4}5 | 0.75 | wrong
-0,75 | 0.75 | wrong
-0 .75 | 0.75 | wrong
-\left.75\right. | 0.75 | wrong
-# expressions are text
-\pi/2 | \frac{\pi}{2} | right
-\dfrac{\pi}{2} | \frac{\pi}{2} | right
-\frac{2}{\pi} | \frac{\pi}{2} | wrong
-x^{2} + 1 | x^{2}+1 | right
-{x^{2}+1} | x^{2}+1 | right
-x^{2}-1 | x^{2}+1 | wrong
-1+x^{2} | x^{2}+1 | wrong
-X^{2}+1 | x^{2}+1 | wrong
-\tfrac{1}{ab} | \frac{1}{ab} | right
-1/ab | \frac{1}{ab} | wrong
-[1\\2] | [1\\ 2] | right
-[1 2] | [1\\ 2] | wrong
-# tuples
-(1,2) | (1, 2) | right
-\left( 1, 2 \right) | (1, 2) | right
-(2, 1) | (1, 2) | wrong
-(1 2) | (1, 2) | wrong
-# words
-paris | Paris | right
-\text{Paris} | Paris | right
-Paris or London | Paris | wrong
-\text{Paris.} | Paris | right
-ABC | abc | wrong
-x y z | X Y Z | wrong
-nan | nan | right
-0 | nan | wrong
-# signs
-−5 | -5 | right
-- 5 | -5 | right
--\frac{10}{2} | -5 | right
-\frac{-10}{2} | -5 | right
-5 | -5 | wrong
---5 | -5 | wrong
-# a word that scales the number is no unit
-3\text{ million} | 3 | wrong
-3\text{ million} | 3\text{ million} | right
-3\text{ million} | 3 million | right
-3\mathrm{Million} | 3 | wrong
-\$3\text{ million dollars} | 3 | wrong
-3\textbf{ million} | 3 | wrong
-3\text{ m}\text{illion} | 3 | wrong
-3\text{ thou\text{sand}} | 3 | wrong
-3\text{ US million} | 3 | wrong
-20\text{ dozen eggs} | 20 | wrong
-20\text{ half-dozen} | 20 | wrong
-20\text{ eggs} | 20 | right
-3\text{ hundredths} | 3 | wrong
-3\text{ sixteenths} | 3 | wrong
-3\text{ months} | 3 | right
-3\text{ thirds} | 3 | wrong
-3\text{ seconds} | 3 | right
-3\text{ pairs} | 3 | wrong
-3\text{ times} | 3 | wrong
-3\text{k} | 3 | wrong
-3\text{ M} | 3 | wrong
-3\text{ m} | 3 | right
-3\text{ percentage points} | 3 | wrong
-3\text{ points} | 3 | right
-3\text{ factorial} | 3 | wrong
-3\text{ cm or more} | 3 | wrong
-5\text{ plus two} | 5 | wrong
-5\text{ choose two} | 5 | wrong
-5\text{ less} | 5 | wrong
-5\text{ remainder two} | 5 | wrong
-5\text{ minutes} | 5 | right
-101\text{ binary} | 101 | wrong
-0.3\text{ repeating} | 0.3 | wrong
-5\text{ hours thirty minutes} | 5 | wrong
-5\text{ out of twelve} | 5 | wrong
-2\text{ root three} | 2 | wrong
-3\text{ divided by five} | 3 | wrong
-2\text{ except zero} | 2 | wrong
-3\text{ milliard} | 3 | wrong
-60\text{ radians} | 60^\circ | wrong
-25\pi\text{ cm}^2 | 25\pi | right
-25\pi\text{ million} | 25\pi | wrong
-3\text{ square meters} | 3 | right
-\frac{3}{4}\text{ million} | 3/4 | wrong
-\frac34\text{ million} | \frac{3}{4}\text{ million} | right
-\frac34\text{ mile} | 0.75 | right
-# two units must be one
-3\text{ km} | 3\text{ m} | wrong
-3\text{ PM} | 3\text{ AM} | wrong
-3.0\,\mathrm{km} | 3\text{ km} | right
-3\text{ m}^{2} | 3\text{ m}^2 | right
-3\text{ m}^2 | 3\text{ m} | wrong
-# so must two names, and x= is one only before a value
-3 | x=3 | right
-x=3 | 3 | right
-x=3 | y=3 | wrong
-x=3 | x=3 | right
-x=3 | x=4 | wrong
-x = \frac34 | x=0.75 | right
-x=3\text{ cm} | 3 | right
-x=3\text{ cm} | 3\text{ m} | wrong
-f(x)=x^2 | x^2 | right
-x=\text{even} | even | right
-f(x)=x^2 | g(x)=x^2 | wrong
-3=x | 3 | wrong
-x=y=3 | 3 | wrong
-x=y=3 | y=3 | wrong
-2x=3 | 3 | wrong
-\sin(x)=3 | 3 | wrong
-x\le3 | 3 | wrong
-x\leq 3 | x\le3 | right
-x\le3 | x\ge3 | wrong
-x\ne3 | 3 | wrong
-x\not=3 | 3 | wrong
-x²=9 | 9 | wrong
-\not\in[1,2] | [1,2] | wrong
-x= | x= | wrong
-# fractions and roots without braces take one character
-\frac34 | 3/4 | right
-\frac{3}4 | 3/4 | right
-\dfrac3{4} | 3/4 | right
-\frac 3 4 | 3/4 | right
-\tfrac{1}2 | 0.5 | right
-\frac{\sqrt3}2 | \frac{\sqrt{3}}{2} | right
--\frac34 | -3/4 | right
--\frac34 | 3/4 | wrong
-\frac1{12} | 1/12 | right
-\frac112 | 1/12 | wrong
-\frac123 | \frac{1}{23} | wrong
-\frac12x | \frac{1}{2}x | right
-\frac12x | \frac{1}{2x} | wrong
-\frac12x | 1/2 | wrong
-1\frac34 | 7/4 | wrong
-1\frac34 | 3/4 | wrong
-1\frac34 | 1\frac{3}{4} | right
-1 3/4 | 13/4 | wrong
-\sqrt3 | \sqrt{3} | right
-\sqrt x | \sqrt{x} | right
-\sqrt34 | \sqrt{34} | wrong
-\sqrt34 | \sqrt{3}4 | right
-\sqrt3 | 3 | wrong
-\displaystyle\frac{1}{2} | 1/2 | right
-\displaystyle.5 | 0.5 | right
-\displaystyle.5 | 5 | wrong
-\pm 3 | \pm3 | right
-\pm3 | 3 | wrong
-# so do exponents and indices
-x^{2} | x^2 | right
-a_{2} | a_2 | right
-x^{12} | x^12 | wrong
-x_{10} | x_10 | wrong
-x^{-1} | x^-1 | wrong
-x^{2}3 | x^{23} | wrong
-3^{2} | 9 | wrong
-101_{2} | 101 | wrong
-# a choice
-(B) | B | right
-B | (B) | right
-B. | B | right
-B) | B | right
-\text{B} | B | right
-\text{(B)} | B | right
-\textbf{(B)}. | B | right
-(B) | A | wrong
-(b) | B | wrong
-(AB) | AB | wrong
-(A) or (B) | A | wrong
-A, B | A | wrong
-\sqrt{B} | B | wrong
-(3) | 3 | wrong
-(3,4) | 3 | wrong
-(x) | x | wrong
-# a matrix in brackets or in parentheses, but no determinant
-\begin{bmatrix}1\\2\end{bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | right
-\begin{bmatrix} 1 \\ 2 \end{bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | right
-\begin{vmatrix}1\\2\end{vmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | wrong
-\begin{Bmatrix}1\\2\end{Bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | wrong
-\begin{bmatrix}1&2\end{bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | wrong
-# nothing is evaluated, and no number goes through a float
-1e-05 | 1e-05 | right
-1e-05 | 0.00001 | wrong
-0.1 | 0.1000000000000000055511151231257827 | wrong
-3\times10^2 | 300 | wrong
-# inputs of other kinds
-3\text{ trillion} | 3 | wrong
-3\text{ billion dollars} | 3 | wrong
-3\text{ percent points} | 3 | wrong
-\frac{3}{4}\text{ dozen} | 3/4 | wrong
-x_{1}+x_{2} | x_1+x_2 | right
-y=3x+1 | 3x+1 | right
-\text{(C)} | D | wrong
-\sqrt12 | \sqrt{12} | wrong
-x^{2}y | x^2y | right
-\displaystyle 7 | 7 | right
-\begin{bmatrix}1 & 0\\0 & 1\end{bmatrix} | \begin{pmatrix}1&0\\0&1\end{pmatrix} | right
-\begin{bmatrix}1&0\end{bmatrix} | \begin{pmatrix}10\end{pmatrix} | wrong
-(12,3) | 123 | wrong
-\frac{12}3 | 4 | right
-\boxed{$~$} |  | wrong
-2 x+1 | 2x+1 | right
-x^2 y^3 | x^2y^3 | right
-(3,+\infty) | (3,\infty) | right
-3+\infty | 3\infty | wrong
-x\in[1,2] | [1,2] | right
-x\in[1,2] | y\in[1,2] | wrong
-(x,y)=(1,2) | (1, 2) | right
-(3)=5 | 5 | wrong
-\text{Area}=5 | 5 | right
-\text{NOT}=5 | 5 | wrong
-\text{Na}^+ | Na^+ | right
-1,\quad 2 | 1, 2 | right
-\big(1,2\big) | (1,2) | right
-x\leqslant3 | x\le 3 | right
-\textit{Paris} | Paris | right
-–5 | -5 | right
-\text{H}_2\text{O} | \text{H}_2 | wrong
-2\text{a} | 2 | wrong
-3\mathrm{P} | 3 | wrong
-3\text{ doz} | 3 | wrong
-AaBb | AABB | wrong
-CO | Co | wrong
-NO | no | right
+# gold | verdict | what is in the box, or whole completions with a box
+3 | wrong | \boxed{3 ¦ 3, not \boxed ¦ \boxed{$~$} ¦ \boxed{3} or \boxed{4}
+3 | wrong | \boxed{3} or \boxed {4} ¦ \boxed{3} \boxed{4 ¦ 3\text{ million} ¦ 3\mathrm{Million}
+3 | wrong | \$3\text{ million dollars} ¦ 3\textbf{ million} ¦ 3\text{ m}\text{illion}
+3 | wrong | 3\text{ thou\text{sand}} ¦ 3\text{ US million} ¦ 3\text{ hundredths}
+3 | wrong | 3\text{ sixteenths} ¦ 3\text{ thirds} ¦ 3\text{ pairs} ¦ 3\text{ times} ¦ 3\text{k}
+3 | wrong | 3\text{ M} ¦ 3\text{ percentage points} ¦ 3\text{ factorial} ¦ 3\text{ cm or more}
+3 | wrong | 3\text{ divided by five} ¦ 3\text{ milliard} ¦ 3=x ¦ x=y=3 ¦ 2x=3 ¦ \sin(x)=3 ¦ x\le3
+3 | wrong | x\ne3 ¦ x\not=3 ¦ \sqrt3 ¦ \pm3 ¦ (3) ¦ (3,4) ¦ 3\text{ trillion}
+3 | wrong | 3\text{ billion dollars} ¦ 3\text{ percent points} ¦ 3\mathrm{P} ¦ 3\text{ doz}
+42 | wrong | \boxed{} ¦ 42 or 43 ¦ 42\text{ or 43} ¦ 2+40 ¦ -42 ¦ 4 2 ¦ 42x ¦ nan ¦ 4\,2
+42 | wrong | 4\text{2} ¦ 42\text{ or more} ¦ 42\mathrm{i} ¦ \not=42 ¦ 42\text{ cm} ¦ 42 cm
+42 | wrong | x = 42 ¦ {42}
+3 | right | \boxed{4}, no, \boxed{3}, as 4 < 5. ¦ \boxed{\boxed{3}}
+42 | right | 42 ¦ $42$ ¦ 42. ¦ 42.0 ¦ \frac{84}{2} ¦ 42\% ¦ \text{42} ¦ \$42 ¦ 42^ \circ
+60 | right | 60\%
+60 | wrong | 0.6
+1000 | right | 1,000 ¦ 1{,}000 ¦ 1\,000 ¦ 1\!000
+1000 | wrong | 1,00 ¦ 1.000 ¦ 1, 000 ¦ 1,\,000
+123 | right | 123
+123 | wrong | 0,123 ¦ (12,3)
+0.75 | right | 3/4 ¦ .75
+0.75 | wrong | 4/3 ¦ 3/0 ¦ \frac{3}{4}5 ¦ 0,75 ¦ 0 .75 ¦ \left.75\right.
+\frac{\pi}{2} | right | \dfrac{\pi}{2}
+\frac{\pi}{2} | wrong | \frac{2}{\pi}
+x^{2}+1 | right | x^{2} + 1
+x^{2}+1 | wrong | x^{2}-1 ¦ 1+x^{2} ¦ X^{2}+1
+\frac{1}{ab} | right | \tfrac{1}{ab}
+\frac{1}{ab} | wrong | 1/ab
+[1\\ 2] | right | [1\\2]
+[1\\ 2] | wrong | [1 2]
+(1, 2) | right | (1,2) ¦ \left( 1, 2 \right)
+(1, 2) | wrong | (2, 1) ¦ (1 2)
+Paris | right | \text{Paris} ¦ \text{Paris.} ¦ \textit{Paris}
+Paris | wrong | Paris or London ¦ paris
+abc | wrong | ABC
+X Y Z | wrong | x y z
+nan | right | nan
+nan | wrong | 0
+-5 | right | −5 ¦ - 5 ¦ -\frac{10}{2} ¦ \frac{-10}{2} ¦ –5
+-5 | wrong | 5 ¦ --5
+3\text{ million} | right | 3\text{ million}
+3 million | right | 3\text{ million}
+20 | wrong | 20\text{ dozen eggs} ¦ 20\text{ half-dozen}
+5 | wrong | 5\text{ plus two} ¦ 5\text{ choose two} ¦ 5\text{ less} ¦ 5\text{ remainder two}
+5 | wrong | 5\text{ hours thirty minutes} ¦ 5\text{ out of twelve} ¦ \displaystyle.5 ¦ (3)=5
+5 | wrong | \text{NOT}=5
+101 | wrong | 101\text{ binary} ¦ 101_{2}
+0.3 | wrong | 0.3\text{ repeating}
+2 | wrong | 2\text{ root three} ¦ 2\text{ except zero} ¦ 2\text{a}
+60^\circ | wrong | 60\text{ radians}
+25\pi | wrong | 25\pi\text{ million}
+3/4 | wrong | \frac{3}{4}\text{ million} ¦ -\frac34 ¦ 1\frac34 ¦ \frac{3}{4}\text{ dozen}
+\frac{3}{4}\text{ million} | right | \frac34\text{ million}
+3\text{ m} | wrong | 3\text{ km} ¦ 3\text{ m}^2 ¦ x=3\text{ cm}
+3\text{ AM} | wrong | 3\text{ PM}
+3\text{ m}^2 | right | 3\text{ m}^{2}
+y=3 | wrong | x=3 ¦ x=y=3
+x=3 | right | x=3
+x=4 | wrong | x=3
+g(x)=x^2 | wrong | f(x)=x^2
+x\ge3 | wrong | x\le3
+9 | wrong | x²=9 ¦ 3^{2}
+[1,2] | wrong | \not\in[1,2]
+x= | wrong | x=
+3/4 | right | \frac34 ¦ \frac{3}4 ¦ \dfrac3{4} ¦ \frac 3 4
+0.5 | right | \tfrac{1}2 ¦ \displaystyle.5 ¦ 0.50
+-3/4 | right | -\frac34
+1/12 | right | \frac1{12}
+1/12 | wrong | \frac112
+\frac{1}{23} | wrong | \frac123
+\frac{1}{2}x | right | \frac12x
+\frac{1}{2x} | wrong | \frac12x
+1/2 | wrong | \frac12x
+7/4 | wrong | 1\frac34
+1\frac{3}{4} | right | 1\frac34
+13/4 | wrong | 1 3/4
+\sqrt{3} | right | \sqrt3
+\sqrt{x} | right | \sqrt x
+\sqrt{34} | wrong | \sqrt34
+\sqrt{3}4 | right | \sqrt34
+1/2 | right | \displaystyle\frac{1}{2}
+\pm3 | right | \pm 3
+x^2 | right | x^{2}
+a_2 | right | a_{2}
+x^12 | wrong | x^{12}
+x_10 | wrong | x_{10}
+x^-1 | wrong | x^{-1}
+x^{23} | wrong | x^{2}3
+B | right | (B) ¦ B. ¦ B) ¦ \text{B} ¦ \text{(B)} ¦ \textbf{(B)}.
+(B) | right | B
+A | wrong | (B) ¦ (A) or (B) ¦ A, B
+B | wrong | (b) ¦ \sqrt{B}
+AB | wrong | (AB)
+x | wrong | (x)
+\begin{pmatrix}1\\2\end{pmatrix} | wrong | \begin{vmatrix}1\\2\end{vmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} | wrong | \begin{Bmatrix}1\\2\end{Bmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} | wrong | \begin{bmatrix}1&2\end{bmatrix}
+1e-05 | right | 1e-05
+0.00001 | wrong | 1e-05
+0.1000000000000000055511151231257827 | wrong | 0.1
+300 | wrong | 3\times10^2
+x_1+x_2 | right | x_{1}+x_{2}
+D | wrong | \text{(C)}
+\sqrt{12} | wrong | \sqrt12
+x^2y | right | x^{2}y
+7 | right | \displaystyle 7
+\begin{pmatrix}10\end{pmatrix} | wrong | \begin{bmatrix}1&0\end{bmatrix}
+4 | right | \frac{12}3
+ | wrong | \boxed{$~$}
+3\infty | wrong | 3+\infty
+y\in[1,2] | wrong | x\in[1,2]
+Na^+ | right | \text{Na}^+
+1, 2 | right | 1,\quad 2
+\text{H}_2 | wrong | \text{H}_2\text{O}
+AABB | wrong | AaBb
+Co | wrong | CO
+x=42 | wrong | 42
+\frac{3}{4} | right | \frac34
+(\frac{3}{4},1,000) | right | \left(\dfrac34, 1{,}000\right)
+12000 | right | 12\,000
+5 | right | \$5 ¦ 5\%
+90 | right | 90^{\circ} ¦ 90°
+C# | right | C\#
+snake_case | right | snake\_case
+C | right | \text{(C)}
+x^2 + \sqrt{2} | right | x^{2}+\sqrt 2
+a\cdot b | right | a \cdot b
+\text{Na}^+ | wrong | \mathrm{Na}^{+}
 """
 
 
-@cases("text, gold, verdict", rows(BOXES))  # most texts are what is in the box
+@cases(
+    "text, gold, verdict",
+    [(text, gold, verdict) for gold, verdict, many in rows(BOXES) for text in many.split(" ¦ ")],
+)
 def test_the_reward_is_the_contract(text, gold, verdict):
     text = text if "\\boxed" in text else f"So \\boxed{{{text}}}."
     assert boxed_reward(text, gold) == (verdict == "right")
@@ -1133,119 +1099,89 @@ def test_a_million_characters_of_any_piece_take_linear_time(piece):
 
 BODY = "We add 3.5 and 4.\n\nSo it is \\boxed{7.5}."
 KEPT = texts(r"""
-Of course, x = 2.
-There is a unique solution, x = 3.
+There is a unique solution, x = 3. The solution set is {3}.
 1. Add 3.⏎2. Add 4.⏎3. So \boxed{7}.
 ## Solution⏎⏎- Add 3.⏎- Add 4.⏎⏎**Answer:** \boxed{7}
 | n | f |⏎|---|---|⏎| 1 | 3 |⏎⏎\boxed{3}
-def f(x):⏎    # keeps a reference⏎    return x
 So we get⏎\[⏎\boxed{72}⏎\]
-$$⏎x = 3⏎$$⏎So it is⏎$$⏎\boxed{3}⏎$$
 ```python⏎def f(x):⏎    return x⏎```
-Provided solutions exist, x = 1.
-The given equation has a solution.
-Surely 3 < x and y|z > 1: a <s b> c.
-Here is the key: 3 < 4
-The reference angle is 30 degrees.
-Let the reference point be 0. The reference frame moves.
-The referenced table ends. See the references. The reference's lifetime ends.
-See reference [3]. The legal reference is 42 U.S.C. 1983.
-By frame of reference we mean axes. The reference group has odds of 1.
-Given the solution set {1, 2}, the sum is 3. The solution set is closed.
-The given solution of salt and water is diluted. The saline solution provided 3 grams.
-The original solution had 3 moles. 12 mL evaporate from the given solution.
-The original price was 5, as given.
-The expert witness, in her own words, saw it. The expert's report is late.
-We rewrite the equation as 3x. Rewriting 3/4 as 0.75, add. Let me rewrite the fraction.
-Let me rephrase the problem: find n. In other words, find n.
-The answer key opens the lock.
-The notes C and E follow. Two bank notes make 7. We take 4 from the notes in it.
-I hope to reach 60 km/h. I hope that the train is on time.
-If you need 3 more questions, you have 5. So \boxed{5}.
-If you have 3 questions and guess, 1/8. If you have any doubt, stop. The company starts anew.
-Note: x must be positive. Then x = 2.
-The given answer choices are 3 and 4. The answer is 3.
+The given equation has a solution. Surely 3 < x and y|z > 1: a <s b> c.
+We rewrite the equation as 3x. It can be rewritten as 3y. In other words, find n.
+I hope to reach 60 km/h. If you have 3 questions and guess, 1/8. If you need 3, you have 5.
+The correct answer is (B). The given answer choices are 3 and 4.
 The answer given by 2+3 is 5. So \boxed{5}.
-Find the solution above the line y = 2. Then \boxed{3}.
-We can rephrase the condition: x > 2. So \boxed{3}.
+Note: x must be positive. Then x = 2.
+The total is given. He provided 3 apples, as stated in the question.
 """)
+OWN = rows(r"""
+The notes C, E and G: 3 notes. So \boxed{3}. | A chord has the notes C, E and G. How many?
+The reference solution has 3 mol. In the solution 2 mol react. | A reference solution of 3 mol.
+Two notes of 5 in the till make 10. | A cashier has two notes of 5.
+The reference angle is 30 degrees. | Find the reference angle.
+The expert's hint was 7. So \boxed{7}. | The expert gave a hint, 7. What was it?
+""")  # a text, and the question in which its words occur
 CUT = texts(r"""
-Sure! Here is my rewritten version: {}
-Certainly, here's the solution in my own words:⏎{}
-Of course! {}
-Understood.⏎{}
-**Certainly!** {}
+Sure! {}
+Of course! Understood. {}
 **Certainly!**⏎{}
-**Rephrased solution:**⏎{}
-**Paraphrased solution for 3.5 apples:** {}
 Sure, here is the rephrased solution:⏎⏎{}
-Here is my solution:⏎{}
-Here's a step-by-step solution: {}
+Here is my rewritten version of the answer:⏎{}
+**Rephrased solution:**⏎⏎⏎{}
 In my own words:⏎{}
-Let us solve it anew:⏎{}
-Got it! Below is the solution.⏎⏎---⏎ {}
 As the reference solution shows, we add. {}
-According to the notes, we add. {}
-The reference is right. As the reference solution shows, we add.⏎{}
+According to the notes, we add. Here is the solution. {}
 The expert's answer is right.⏎{}
-{} I hope this helps! 😊
-{} Hope that answers it.
-{} Is there anything else I can do?
-{} Would you like me to explain more?
-{} If you need more help, just ask!
+{} I hope this helps!
+{} Hope that answers it. Let me know if you have any questions.
 {} From your explanation, as you noted, it is so.
-In our own words:⏎{}
-**Understanding the Notes:**⏎{}
-{}⏎⏎Let me know if you have any questions.
-{} This matches the reference solution.
-{}⏎⏎This is consistent with the given solution.
-{} So says the provided solution.
-{} The answer agrees with the one in the reference.
 {}⏎⏎Note: I rephrased the solution in my own words.
-{}⏎⏎---⏎*(The expert's answer is the same.)*
-{} ✓
+{} This matches the reference solution. Is there anything else I can do?
+""")  # around {}, which alone stays
+LEAKS = texts(r"""
+According to the hint, it is 7.
+According to the notes, she sold 24.
+The notes add 4.
+The notes say that we add 4.
+Using the notes, we add 4.
+As per your notes, we add 4.
+As the expert shows, 4 follows.
+The expert's answer is 7.
+The reference gives 4.
+This matches the reference: 7.
+As stated in the reference, we add 4.
+Based on the solution, 4 follows.
+Based on the given solution, we add 4.
+According to the provided solution, 4 follows.
+The given solution says 7.
+Like the solution above, we add 4.
+The solution you gave adds 4.
+The solution above gives 4.
+The solution provided shows 4.
+As in the sample solution, 4 is added.
+Following the explanation, we add 4.
+The explanation says that 4 is added.
+In your solution 4 is added.
+You provided 4 as the next term.
+As you've explained, we add 4.
+As you mentioned, we add 4.
+I reworded the second step: add 4.
+Now I rephrase the next step, 4.
+To paraphrase step 2, we add 4.
+In my own words, 4 is added.
+As requested, here comes step 4.
+The rewritten solution adds 4.
+""")
+REFUSED = texts(r"""
 <think>⏎The reference says 7.⏎</think>⏎{}
 so 7</think>{}
 {}<|im_end|>⏎<|im_start|>user⏎And 2+2?
-<|im_start|>assistant⏎{}</s>
-<|start_header_id|>assistant<|end_header_id|>⏎⏎{}
-{}<｜end▁of▁sentence｜>
-<start_of_turn>{}<end_of_turn>
+{}</s>
 <start_of_turn>model⏎{}<end_of_turn>
-{}��
-""")  # around {}, which alone stays
-REFUSED = texts(r"""
-We add 3. As the reference solution shows, 4 follows. So \boxed{7}.
-We add 3. According to the provided solution, 4 follows. So \boxed{7}.
-We add 3. The expert's answer is 7. So \boxed{7}.
-We add 3. The given solution says 7. So \boxed{7}.
-We add 3. As stated in the reference, we add. So \boxed{7}.
-We add 3. Like the solution above, we add. So \boxed{7}.
-We add 3. The solution you gave adds 4. So \boxed{7}.
-We add 3. The solution above gives 4. So \boxed{7}.
-We add 3. The solution provided shows 4. So \boxed{7}.
-We add 3. From your notes we add 4. So \boxed{7}.
-We add 3. From the notes, we add 4. So \boxed{7}.
-We add 3. The notes say that we add 4. So \boxed{7}.
-We add 3. As per the notes, we add 4. So \boxed{7}.
-We add 3. From the notes we know 4. So \boxed{7}.
-We add 3. Using the notes, we add 4. So \boxed{7}.
-We add 3. The notes explain that we add 4. So \boxed{7}.
-We add 3. These notes mention 4. So \boxed{7}.
-We add 3. As you noted, we add 4. So \boxed{7}.
-We add 3. Based on the provided notes: we add 4. So \boxed{7}.
-We add 3. The notes indicate that we add 4. So \boxed{7}.
-We add 3. Based on the given solution, we add 4. So \boxed{7}.
-Based on my notes, Tom has 3 * 4 = 12 eggs and sells 5. So \boxed{7}.
-According to the notes, she sold 24. So \boxed{24}.
-The expert's answer is 7.⏎We add 3 and 4. So \boxed{7}.
-We add 3 and 4. By the provided solution, \boxed{7}.
-We add 3. Now I rephrase the next step. So \boxed{7}.
-We get 1. This matches the reference.⏎So it is \boxed{7.5}.
-Now by the provided solution it is \boxed{7}.
-Relative to the reference, expression doubles.
-<think>on and on
-""")
+{}<｜end▁of▁sentence｜>
+Sure, here it is: {}
+Sure, x = 7. {}
+{} I hope this helps with step 2.
+""")  # thoughts, control tokens, and chat that states a figure
 
 
 @cases("text", ["", BODY, *KEPT])
@@ -1258,9 +1194,22 @@ def test_cleaning_cuts_what_is_no_answer_from_the_ends(text):
     assert repo.clean_rephrase(text.replace("{}", BODY)) == BODY
 
 
-@cases("text", REFUSED)
-def test_cleaning_refuses_an_answer_that_speaks_of_its_source(text):
+@cases("text, question", OWN)
+def test_a_word_of_the_question_is_no_talk_of_the_source(text, question):
+    assert repo.clean_rephrase(text, question) == text
     assert repo.clean_rephrase(text) == ""
+
+
+@cases("leak", LEAKS)
+@cases("text", ["{} We add 3.5 and 4. So \\boxed{7.5}.", "We add. {} So 7.", "We add 3.5. {}"])
+def test_no_leak_passes_wherever_it_stands(leak, text):
+    clean = repo.clean_rephrase(text.replace("{}", leak))
+    assert clean in ("", text.replace("{}", "").strip())
+
+
+@cases("text", [*REFUSED, "<think>on and on"])
+def test_thoughts_control_tokens_and_chat_with_a_figure_are_refused(text):
+    assert repo.clean_rephrase(text.replace("{}", BODY)) == ""
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -1268,12 +1217,11 @@ def test_cleaning_refuses_an_answer_that_speaks_of_its_source(text):
 
 def answers(path, values, **columns):
     """What is read of a file with these answers."""
-    knowledge = "k" * 6_000_000 if "big" in path else "k"
-    written(path, [dict(q="q", k=knowledge, a=value) for value in values])
+    written(path, [dict(q="q", k="k", a=value) for value in values])
     return [problem["answer"] for problem in read(path, **columns)]
 
 
-@cases("path", "d.csv d.json d.jsonl d.parquet d[1].jsonl *.csv".split())
+@cases("path", "d.json d.jsonl d.parquet d[1].jsonl *.json".split())
 @cases(
     "values",
     texts("""
@@ -1284,7 +1232,7 @@ def answers(path, values, **columns):
 """),
 )
 def test_an_answer_is_what_the_file_says(path, values):
-    answers("d1.jsonl", ["another"])
+    answers("d1.jsonl", ["another"])  # which d[1].jsonl and *.json would find as patterns
     assert answers(path, json.loads(values)) == [*map(str, json.loads(values))]
 
 
@@ -1293,27 +1241,26 @@ def test_an_answer_is_what_the_file_says(path, values):
     rows(r"""
 d.json | [9007199254740993, null, 0] | 9007199254740993 0
 d.parquet | [9007199254740993, null, 0] | 9007199254740993 0
-d.csv | ["42", "", "7"] | 42 7
-d.csv | ["2024-01-05", "2024-01-06"] | 2024-01-05 2024-01-06
 d.jsonl | ["4", "\\boxed{5}", "#### 6"] | 4 5 6
-big.jsonl | ["x", "y", "2024-01-05"] | x y 2024-01-05
-d.jsonl | ["2024-01-05", "2024-01-06"] | timestamp.*CSV
+d.jsonl | ["2024-01-05", "2024-01-06"] | timestamp.*write text
 d.jsonl | [0.5, 1] | float64
 d.parquet | [42.0, null] | float64
 d.json | [true, false] | bool
 d.parquet | [["4"], ["5"]] | List
-d.jsonl | ["007", 3, "[1, 2]"] | Json
+d.jsonl | ["007", 3, "[1, 2]"] | Json.*keys or types differ
+d.jsonl | [3, "007"] | Json.*keys or types differ
+d.jsonl | [{"n": 1}, {"m": 1}] | missing|Json
 d.jsonl | [[{"role": "user", "content": [{"text": "4"}]}]] | List
 d.jsonl | [[{"from": "human", "value": "4"}]] | from
 d.jsonl | [{"ground_truth": "4"}] | a.ground_truth
-d.jsonl | [""] | no usable record
+d.jsonl | [""] | 0 of 1 records
 """),
 )
 def test_gaps_are_left_out_and_what_has_no_one_spelling_is_refused(path, values, expected):
     try:
         assert answers(path, json.loads(values)) == expected.split()
     except RepoError as error:
-        assert re.search(expected, str(error))
+        assert re.search(expected, str(error)), error
 
 
 def test_a_class_label_is_refused_and_not_read_as_its_index():
@@ -1323,21 +1270,55 @@ def test_a_class_label_is_refused_and_not_read_as_its_index():
         read("d.parquet", q="a", k="a")
 
 
+def test_a_column_that_the_library_has_made_opaque_says_why():
+    """As in verl's files: the records' dicts differ in their keys."""
+    written("d.jsonl", [dict(q="q", k="k", x=dict(a="4")), dict(q="q", k="k", x=dict(b="4"))])
+    with refused("'x.a'.*Json.*the same.*parquet"):
+        print(read("d.jsonl", a="x.a"))
+
+
 CHATS = texts(r"""
 {"q": [{"role": "user", "content": "2+2? "}]}
 {"q": [{"role": "system", "content": "s"}, {"role": "user", "content": "2+2?"}]}
 {"q": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]}
+{"q": [{"role": "system", "content": "s"}]}
 {"q": null}
 """)
 
 
 @cases("path", ["d.parquet", "d.jsonl"])
 def test_chats_and_fields_of_dicts_are_read_as_in_luffy_and_verl(path, capsys):
-    expert = dict(k=[dict(role="assistant", content="so \\boxed{4}")], m=dict(truth="4", n=1))
+    solution = "<think>\nwell\n</think>\nso \\boxed{4}"
+    expert = dict(k=[dict(role="assistant", content=solution)], m=dict(truth="4", n=1))
     written(path, [json.loads(chat) | expert for chat in CHATS])
     expected = dict(question="2+2?", knowledge="so \\boxed{4}", answer="4")
     assert read(path, a="m.truth") == read(path, a="k") == [expected] * 2
-    assert "2 of 4 records" in capsys.readouterr().out
+    assert "2 of 5 records" in capsys.readouterr().out
+
+
+def test_an_experts_thoughts_are_cut_and_endless_ones_leave_the_record_out():
+    thoughts = ["<think>a</think>so", "a</think> <think>b</think> so", "<think>on and on"]
+    written("d.jsonl", [dict(q="q", k=text, a="4") for text in thoughts])
+    assert [problem["knowledge"] for problem in read("d.jsonl")] == ["so", "so"]
+
+
+def test_a_file_that_was_edited_with_size_and_time_kept_is_read_anew():
+    assert answers("d.jsonl", ["4"]) == ["4"]
+    stamp = os.stat("d.jsonl")
+    text = Path("d.jsonl").read_text().replace("4", "5")
+    Path("d.jsonl").write_text(text)
+    os.utime("d.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert [problem["answer"] for problem in read("d.jsonl")] == ["5"]
+
+
+def test_plain_grpo_needs_no_solutions():
+    written("d.jsonl", [dict(question="q", answer="4")])
+    run = repo.Run("m", "d.jsonl", "o")
+    assert repo.load_problems(run, "train", guided=False)[0]["answer"] == "4"
+    run = replace(run, knowledge_column="none")
+    assert repo.load_problems(run, "train", guided=False)[0]["knowledge"] == ""
+    with refused("'none' of .* is missing"):
+        repo.load_problems(run, "train")
 
 
 @cases(
@@ -1377,10 +1358,7 @@ d.jsonl | test | {}
 d.jsonl | train[:0] | {"q": 1, "k": 1, "a": 1}
 d.jsonl | train | {"q":⏎
 d.jsonl | train | {"q": "é", "k": "k", "a": "a"}
-d.csv | train | q;k;a⏎q;k;1⏎
-d.csv | train | q,k,a⏎q,k,1⏎q,so,x,1⏎
-d.csv | train | q,k,a⏎1,000,so,1001⏎q,so,5⏎
-none.csv | train | q,k,a⏎q,k,1⏎
+none.json | train | {}
 """),
 )
 def test_what_cannot_be_read_ends_in_one_line(name, split, content):
@@ -1389,10 +1367,13 @@ def test_what_cannot_be_read_ends_in_one_line(name, split, content):
         read(name, split)
 
 
-@cases("text", ["q,k,a\nq,so,1,\n", "q,k,a,n\n" + "q,so,1,5\n" * 10_001 + "q,so,1,\n"])
-def test_blanks_at_the_end_of_a_csv_shift_no_column_and_stop_nothing(text):
-    Path("d.csv").write_text(text)
-    assert read("d.csv")[-1] == dict(question="q", knowledge="so", answer="1")
+def test_a_csv_file_is_refused_with_the_line_that_converts_it():
+    Path("x.csv").write_text("q,k,a\nq,so,007\nq,so,\nq,so\n")
+    with refused("x.csv' must be") as error:
+        read("x.csv")
+    [command] = re.findall('python -c "(.*)"', str(error.value))
+    exec(command)
+    assert [problem["answer"] for problem in read("x.parquet")] == ["007"]
 
 
 def test_overlong_problems_are_left_out_and_counted(capsys):
@@ -1403,8 +1384,26 @@ def test_overlong_problems_are_left_out_and_counted(capsys):
     rest = tiny_model(max_position_embeddings=context), tokenizer, cfg
     assert repo.fitting(problems, *rest) == problems[:1]
     assert "1 of 3 problems" in capsys.readouterr().out
-    with refused(f"context of {context}"):
-        repo.fitting(problems[1:], *rest)
+    factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    long = tiny_model(
+        "phi3",
+        pad_token_id=0,
+        max_position_embeddings=4 * context,
+        original_max_position_embeddings=context,
+        rope_parameters=dict(rope_type="longrope", rope_theta=1e4, **factors),
+    )
+    assert repo.fitting(problems, long, *rest[1:]) == problems[:1]
+
+
+def test_problems_that_spell_out_a_control_token_are_left_out():
+    """The library turns some of them into the token itself, whatever it is told."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|fim|>", "<think>", "plain"])
+    spelled = ["a", "<|fim|>", "a <think>", "a <|im_end|>", "plain"]
+    problems = [dict(question=text, knowledge="k") for text in spelled]
+    problems += [dict(question="a", knowledge=text) for text in spelled]
+    kept = repo.fitting(problems, tiny_model(vocab=310), tokenizer, CFG)
+    assert kept == [problems[i] for i in (0, 4, 5, 9)]
 
 
 # ----------------------------------------------------------- the command line, on files made here
@@ -1417,13 +1416,17 @@ def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
     summary = json.loads(Path("out/summary.json").read_text())
     assert set(summary) == {"accuracy_before", "accuracy_after"}
     shown = capsys.readouterr()
-    assert "step 3: " in shown.out and "it/s" not in shown.err  # no bars where no terminal is
+    assert re.search(r"step 3: reward \S+, injections \d+, truncated \d+%", shown.out)
+    assert "it/s" not in shown.err  # no bars where no terminal is
+    assert re.search(r"the reward takes \d+ of \d+ experts' texts", shown.out)
+    question = json.loads(Path(files, "data.jsonl").read_text().splitlines()[0])["question"]
+    assert f"training on {DEVICE}; the first prompt:\n{question}=" in shown.out
     model, tokenizer = repo.load_model("out/model", "cpu")
     assert model.dtype == torch.float32 and tokenizer.chat_template
 
 
 def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
-    scripted(rollout="\\boxed{2}", rephrase="Sure! So it is \\boxed{4}.")
+    scripted(rollout="\\boxed{2}", rephrase="Sure! So it is \\boxed{4}.<|im_end|>")
     problems = [PROBLEMS[0], dict(PROBLEMS[0], answer="4")]  # one question, the first time solved
     _, groups, guides = step(problems=problems)
     assert repo.episode(groups, guides) == dict(
@@ -1440,8 +1443,9 @@ def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(fil
     Path("whole").mkdir()
     Path("whole/metrics.jsonl").touch()  # a log without a line is no run
     repo.main(flags(files, "whole", steps=5, save_every=0))
-    assert "holds a run; go on with --resume" in refusal(flags(files, "whole"))
-    assert "made with seed = 0, now it is 1" in refusal(flags(files, "whole", resume=True, seed=1))
+    assert "holds a run" in refusal(flags(files, "whole"))
+    assert "holds no run" in refusal(flags(files, "wohle", resume=True))
+    assert "begun with seed = 0, now it is 1" in refusal(flags(files, "whole", resume=True, seed=1))
     repo.main(flags(files, "parts", steps=3, save_every=2))
     for name in ("metrics.jsonl", "episodes.jsonl"):
         assert lines("parts", name)
@@ -1452,14 +1456,15 @@ def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(fil
     repo.main(flags(files, "other", steps=1, seed=1))
     assert lines("other") != lines("whole")[:1]
     assert repo.draw_batch(PROBLEMS, 0, CFG) != repo.draw_batch(PROBLEMS, 1, CFG)
+    with pytest.raises(SystemExit, match="data or reward"):
+        repo.main(flags(files, "whole", resume=True, steps=5), graded)
     monkeypatch.setattr(repo, "load_problems", lambda *_: PROBLEMS)
-    assert "made with data = " in refusal(flags(files, "whole", resume=True))
+    assert "data or reward" in refusal(flags(files, "whole", resume=True))
 
 
-def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
-    file, model = Path("checkpoint.pt"), tiny_model()
-    rest = [], model, model, {"seed": 0}  # as if it were an optimizer too
-    repo.save_checkpoint(file, *rest)
+def test_a_checkpoint_is_replaced_as_a_whole(files, monkeypatch):
+    repo.main(flags(files, steps=1))
+    before = Path("out/checkpoint.pt").read_bytes()
 
     def fail(state, path):
         path.write_text("half")
@@ -1467,11 +1472,23 @@ def test_a_checkpoint_is_replaced_as_a_whole(monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(ZeroDivisionError):
-        repo.save_checkpoint(file, *rest)
-    assert repo.load_checkpoint(file, {"seed": 0})  # the first
-    for changed in ({}, {"seed": 0, "more": 1}):
-        with refused("None"):
-            repo.load_checkpoint(file, changed)
+        repo.main(flags(files, resume=True, steps=2))
+    assert Path("out/checkpoint.pt").read_bytes() == before
+
+
+def test_a_second_process_does_not_get_in(files):
+    Path("out").mkdir()
+    with repo.FileLock("out/.lock"):
+        assert "another process trains into out; choose" in refusal(flags(files))
+    repo.main(flags(files, steps=1))
+
+
+def test_too_little_memory_ends_in_a_line_that_names_the_flags(files, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(repo, "train_step", fail)
+    assert re.search("of memory.*--group-size.*--micro-batch-tokens", refusal(flags(files)))
 
 
 @pytest.mark.slow
@@ -1481,7 +1498,9 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
     reached = []
 
     def start(out):
-        argv = flags(files, out, steps=40, save_every=1, batch_size=1, group_size=2, resume=True)
+        log = Path(out, "metrics.jsonl")
+        begun = log.exists() and log.stat().st_size > 0
+        argv = flags(files, out, steps=40, save_every=1, batch_size=1, group_size=2, resume=begun)
         return subprocess.Popen([sys.executable, repo.__file__, *argv])
 
     while len(reached) < 20:
@@ -1496,7 +1515,7 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
             assert process.returncode == -signal.SIGKILL
             reached.append(metrics.read_text().count("\n"))
         else:  # it had come to its end: anew
-            os.remove("out/checkpoint.pt")
+            os.remove("out/checkpoint.pt")  # the log alone is a run too, of which nothing is kept
     assert len(set(reached)) > 5
     assert start("out").wait() == start("whole").wait() == 0
     assert outcome("whole") == outcome("out")
@@ -1506,12 +1525,12 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
     "change, message",
     rows("""
 --question-column=problem | problem.*'question', 'answer'
---group-size=1 | group_size is 1; it must be
---knowledge-column=question --answer-column=question | no usable rec
---guidance=verbatim --knowledge-column=question | takes no expert's text
+--group-size=1 | group_size cannot be 1
+--knowledge-column=question --answer-column=question | 0 of \\d+ records
+--guidance=verbatim --knowledge-column=question | reward does not take
 --eval-split=test | no readable
---dataset=checkpoint.pt | must be a file that ends in one of
---dataset=. | must be a file that ends in one of
+--dataset=checkpoint.pt | must be a .json
+--dataset=. | must be a .json
 --steps=0 | --steps is 0
 --out=checkpoint.pt | --out
 --out=checkpoint.pt/below | --out
@@ -1529,11 +1548,36 @@ def test_what_cannot_work_ends_in_one_line_before_the_model_is_loaded(
 
 
 def test_a_model_that_cannot_work_ends_in_one_line(files):
-    assert "context of 2048" in refusal(flags(files, max_new_tokens=2048))
+    assert "lower --max-new-tokens" in refusal(flags(files, max_new_tokens=2048))
     assert "200 embeddings" in refusal(flags(files, model=saved(tiny_model(vocab=200))))
-    assert "lacks weights, lm_head" in refusal(flags(files, model=saved(tiny_model().model)))
+    assert "lacks weights, ['lm_head" in refusal(flags(files, model=saved(tiny_model().model)))
     Path(saved(tiny_model()), "config.json").rename("saved/adapter_config.json")
-    assert "saved' is no causal" in refusal(flags(files, model="saved"))
+    assert "saved' cannot be loaded" in refusal(flags(files, model="saved"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_take_no_gradient_are_refused(monkeypatch):
+    model = tiny_model()
+    saved(model)
+    model.model.norm.weight.requires_grad_(False)
+    load = repo.AutoModelForCausalLM.from_pretrained
+    with monkeypatch.context() as patch, refused("take no gradient"):
+        patch.setattr(
+            repo.AutoModelForCausalLM,
+            "from_pretrained",
+            lambda *given, **options: (model, load(*given, **options)[1]),
+        )
+        repo.load_model("saved", DEVICE)
+    config = json.loads(Path("saved/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    Path("saved/config.json").write_text(json.dumps(config))
+    with refused("saved'"):
+        repo.load_model("saved", DEVICE)
+
+
+def test_what_a_library_says_is_passed_on_whole():
+    with refused("a: gated See the page; b"), repo.explaining("a", "b"):
+        raise OSError("gated\n\nSee the page")
 
 
 def test_a_mistyped_flag_is_named(files, capsys):
@@ -1561,13 +1605,14 @@ def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth():
 
 def test_the_headline_of_the_miniature(world):
     """On a shortened run: RePO learns the book that GRPO never does, and the injections fade."""
-    grpo = run_tiny.run(world, "grpo", 0, 10, DEVICE)["summary"]
-    rephrasing = run_tiny.run(world, "repo", 0, 60, DEVICE)["summary"]
-    assert grpo["base_hard"] <= 0.02 and grpo["base_general"] > 0.9
-    assert grpo["hard"] <= 0.02 and grpo["injections_first10"] == 0
-    assert rephrasing["hard"] > 0.5 and rephrasing["general"] > 0.8
-    assert rephrasing["injections_last10"] < 0.5 * rephrasing["injections_first10"]
-    assert rephrasing["logp_expert"] < -5 < -2 < rephrasing["logp_rephrase"]
+    grpo = run_tiny.run(world, "grpo", 0, 10, DEVICE)
+    rephrasing = run_tiny.run(world, "repo", 0, 60, DEVICE)
+    assert grpo[0]["hard"] <= 0.02 and grpo[0]["general"] > 0.9
+    assert grpo[-1]["hard"] <= 0.02 and sum(run_tiny.measured(grpo, "injections")) == 0
+    assert rephrasing[-1]["hard"] > 0.5 and rephrasing[-1]["general"] > 0.8
+    seen = {name: number(rephrasing) for name, number in run_tiny.COLUMNS.items()}
+    assert seen["injections, last ten"] < 0.5 * seen["injections, first ten steps"]
+    assert seen["logp/expert"] < -5 < -2 < seen["logp/rephrase"]
 
 
 @cases("toy", [True, False])
@@ -1575,21 +1620,18 @@ def test_every_method_runs_in_both_worlds_and_without_hard_problems(toy, world):
     world = replace(world if toy else run_tiny.realms(3, saved(tiny_model())))
     world.cfg = replace(world.cfg, batch_size=6, max_new_tokens=20)
     world.held_out = {part: problems[:4] for part, problems in world.held_out.items()}
-    world.everyday = world.everyday[:4]
     easy = [problem for problem in world.problems if not problem["hard"]]
     results = []
     for folder, problems in (("all", world.problems), ("easy", easy)):
         part = replace(world, folder=Path(folder), problems=problems)
         results += [run_tiny.run(part, name, 0, 1, DEVICE) for name in run_tiny.METHODS]
-    summaries = [result["summary"] for result in results]
-    assert len({tuple(summary) for summary in summaries}) == 1
-    assert all(f"| {name} " in run_tiny.table(results) for name in run_tiny.METHODS)
-    drifts = [summary["drift"] for summary in summaries if summary["method"] == "sft"]
-    assert drifts[0] > 0 == drifts[1]  # without hard problems it trains nothing
+    assert all(history[-1]["finished"] for history in results)
+    shown = run_tiny.table(results, run_tiny.COLUMNS)
+    assert all(f"| {name} |" in shown for name in run_tiny.METHODS)
 
 
 def test_what_star_no_push_and_the_true_ratio_change(scripted):
-    scripted("\\boxed{2}", "\\boxed{4}")  # a solved question, an injection and a wrong rephrase
+    scripted("\\boxed{2}", "\\boxed{4}<|im_end|>")  # a solved question, an injection, a wrong one
     model, tokenizer = tiny_model(), byte_tokenizer()
     made = run_tiny.first_three_steps(model, tokenizer, PROBLEMS[:3], CFG, boxed_reward)
     _, (solved, injected, failed), (guide, _) = made
@@ -1643,15 +1685,14 @@ def test_a_comparison_is_shown_and_goes_on_where_it_stood(capsys):
     line = f"--model {saved(tiny_model())} --out out --steps 1 --world-seed 3 --device {DEVICE}"
     argv = f"{line} --methods repo verbatim".split()
     run_tiny.main(argv)
-    assert "\n| verbatim         | 0.00 " in capsys.readouterr().out
-    folders = [file.parent for file in sorted(Path("out").rglob("summary.json"))]
-    repo_lines, verbatim_lines = map(lines, folders)
-    assert repo_lines[0]["method"] == "repo" and verbatim_lines[0]["injections"] > 0
-    (folders[1] / "summary.json").unlink()
-    (folders[1] / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    assert "\n| verbatim | 0.00 | " in capsys.readouterr().out
+    files = sorted(Path("out").rglob("metrics.jsonl"))
+    before = [file.read_text() for file in files]
+    assert '"method": "repo"' in before[0] and '"injections": ' in before[1]
+    files[1].write_text(before[1].splitlines()[0] + '\n{"st')
     run_tiny.main(argv)
     assert capsys.readouterr().out.count("not trained again") == 1
-    assert [repo_lines, verbatim_lines] == [*map(lines, folders)]
+    assert before == [file.read_text() for file in files]
     with pytest.raises(SystemExit):
         run_tiny.main(["--rate", "0"])
     run_tiny.main(["--show", "out"])
@@ -1660,7 +1701,8 @@ def test_a_comparison_is_shown_and_goes_on_where_it_stood(capsys):
 
 
 def test_one_step_is_explained(world, capsys):
-    run_tiny.explain(world, DEVICE)
+    run_tiny.explain(world, DEVICE, charts=True)
     shown, problem = capsys.readouterr().out, world.held_out["hard"][0]
-    for part in (problem["question"], problem["knowledge"], "1.50, -0.50, -0.50, -0.50"):
+    parts = [problem["question"], problem["knowledge"], "1.50, -0.50, -0.50, -0.50"]
+    for part in [*parts, "```mermaid\nxychart-beta"]:
         assert part in shown
