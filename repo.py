@@ -35,8 +35,8 @@ WHAT WE CHOSE, beside what is marked:
   - std is the unbiased one, plus 1e-6. The update's own first pass gives the ratio's denominator.
 
 WHAT IS NOT LITERALLY TRUE:
-  - "On-policy", the paper's word. o_rep is drawn under P(q,k) and trained under q. Its ratio divides
-    by π_old(·|q), which did not write it. And only texts with a good reward go in.
+  - "On-policy", the paper's word. o_rep is drawn under P(q,k) and trained under q. Its ratio
+    divides by π_old(·|q), which did not write it. And only texts with a good reward go in.
   - "o_rep ~ π_old(·|P(q,k))". By default the draft is greedy, and cleaning may shorten it.
   - "Verified". The reward checks the answer, which k shows. The steps may still be wrong.
 
@@ -70,13 +70,8 @@ import torch
 from datasets import List, Value, load_dataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    HfArgumentParser,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import DynamicCache, HfArgumentParser
 
 
 class RepoError(ValueError):
@@ -407,10 +402,10 @@ def clean_rephrase(text, record=""):
     """The draft as a direct answer to q, or "" if it is refused.
 
     1. A draft with thoughts or control tokens is refused.
-    2. Sentences of chat ("Sure!") or about the source ("According to the notes, we add.") are cut
-       from both ends. A sentence with a digit, "=" or a backslash is never cut.
-    3. A draft that still has chat at an end, or still speaks of the source, is refused. To cut in
-       the middle would leave a hole in the text.
+    2. Lines of chat ("Sure!") or about the source ("According to the notes:") are cut from both
+       ends. A line with a digit or a formula is never cut.
+    3. What still has chat at an end, speaks of the source, or is a torn sentence, is refused. A cut
+       within a line or in the middle would leave a hole in the text.
 
     A word about the source is allowed if `record`, question and solution, uses it itself. That such
     talk is deleted is reported. The refusals and the words are ours. The words stand below, where
@@ -420,21 +415,21 @@ def clean_rephrase(text, record=""):
         return ""
 
     def about_source(part):
-        words = (match[match.lastindex or 0].lower() for match in SOURCE.finditer(part))
-        return any(word not in record.lower() for word in words)
+        plain = re.sub(r"[*_\s]+", " ", part)
+        words = map("".join, SOURCE.findall(plain))
+        return any(not re.search(rf"(?i)\b{word}", record) for word in words)
 
-    def may_go(sentence):
-        meta = not sentence.strip() or CHAT.search(sentence) or about_source(sentence)
-        return meta and not FACT.search(sentence)
+    def may_go(line):
+        meta = not re.search(r"\w", line) or CHAT.search(line) or about_source(line)
+        return meta and not FORMULA.search(line)
 
-    sentences = SENTENCE.findall(text)
-    while sentences and may_go(sentences[0]):
-        del sentences[0]
-    while sentences and may_go(sentences[-1]):
-        del sentences[-1]
-    answer = "".join(sentences).strip()
-    chat = any(CHAT.search(sentence) for sentence in sentences[:1] + sentences[-1:])
-    return "" if chat or about_source(answer) else answer
+    lines = text.strip().splitlines(True)
+    kept = [n for n, line in enumerate(lines) if not may_go(line)]
+    lines = lines[kept[0] : kept[-1] + 1] if kept else []
+    answer = "".join(lines).strip()
+    chat = any(CHAT.search(line) for line in lines[:1] + lines[-1:])
+    torn = answer != text.strip() and TORN.search(answer)
+    return "" if chat or torn or about_source(answer) else answer
 
 
 # ---------------------------------------------------------------------------------- 3. injection
@@ -618,11 +613,11 @@ def check_sampler(completions):
 def checkpoint_layers(model):
     """Makes the update compute activations twice instead of keeping them.
 
-    In eval mode `gradient_checkpointing_enable` alone does nothing, because each layer looks at its
-    own `training` flag. So this sets the flag of the layers. The modules inside them stay in eval
-    mode, without dropout. `model.eval()` ends it.
+    In eval mode `activation_checkpointing_enable` alone does nothing: each layer looks at its own
+    `training` flag. So this sets the flag of the layers. The modules inside them stay in eval mode,
+    without dropout. `model.eval()` ends it.
     """
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     for layer in model.modules():
         if hasattr(layer, "gradient_checkpointing"):
             layer.training = True
@@ -803,34 +798,46 @@ def control_tokens(tokenizer):
     }
 
 
-# ---------------------------------------------------------- the words that cleaning looks for (ours)
+# --------------------------------------------------------- the words that cleaning looks for (ours)
+
+
+def any_of(phrases):
+    """A pattern for any of the phrases."""
+    return "|".join(map(re.escape, phrases.split(", ")))
 
 
 CONTROL = re.compile(r"</?think|<[|｜]|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
-# With a number before it ("2. Add 4."), up to a full stop or the end of the line.
-SENTENCE = re.compile(r"(?:[ \t]*\d+\.)?[^\n]*?[.!?][*_)\"'”’]*(?=\s)|[^\n]*\n|[^\n]+$")
-FACT = re.compile(r"[\d=\\]")
+FORMULA = re.compile(r"[\d=\\$`]")
+TORN = re.compile(r"^[a-z]|[\w,]$")  # begins or ends within a sentence
 
-CHAT = re.compile(
-    r"(?i)^\W*(?:sure|certainly|absolutely|of course|okay|understood|got it)\b"
-    r"|^\W*(?:here (?:is|are)|here['’]s|below is)\b"
-    r"|\b(?:hope (?:this|that|it) (?:helps|answers|clarifies|makes)|let me know|feel free to)\b"
-    r"|\b(?:would you like|anything else I can|if you (?:have any|need (?:more|further)))\b"
+CHAT_STARTS = any_of(
+    "sure, certainly, absolutely, of course, okay, ok, understood, got it, here is, here are, "
+    "here's, here’s, below is"
 )
+CHAT_PHRASES = any_of(
+    "hope this, hope that helps, hope that answers, hope it helps, let me know, feel free to, "
+    "would you like, anything else I can, if you have any, if you need more, if you need further"
+)
+CHAT = re.compile(rf"(?i)^[\W_]*(?:{CHAT_STARTS})\b|\b(?:{CHAT_PHRASES})\b")
 
-# A word of the source, and the pattern by which a text speaks of it. Those of the first line stand
-# for themselves. "Solution" alone is a word of mathematics.
-# A group holds the word that a record may use itself; without a group it is the whole match.
+SOURCE_WORDS = any_of(
+    "notes, the note, hint, reference, expert, rephras, re-phras, reword, re-word, paraphras, "
+    "rewritten solution, rewritten answer, rewritten version, own words, your, answer key, "
+    "expected answer, provided answer, original answer, given answer is, answer provided, "
+    "answer is given, the source, the text, the passage, as requested, as instructed, as asked, "
+    "you provided, you gave, you mentioned, you noted, you shared, you stated, you wrote, "
+    "you explained, you said, you told, you showed, you described, you suggested, you have "
+    "provided, you've"
+)
 # "Solution" alone is a word of mathematics. The words around it show that a text is meant.
+BEFORE = any_of(
+    "given, provided, above, original, sample, model, this, to the, on the, as the, in the, "
+    "from the, per the, by the, with the, follow the, following the, follows the, match the, "
+    "matches the, using the, like the"
+)
 SOURCE = re.compile(
-    r"(?i)\b(?:notes|hint|reference|expert|rephras|reword|paraphras|own words)"
-    r"|\bas (?:requested|instructed|asked)\b|\brewritten (?:solution|answer|version)"
-    r"|\byou(?: have|['’]ve)? (?:provided|gave|given|mentioned|noted|shared|stated|explained)\b"
-    r"|\b(?:your (?:\w+ )?(?:answer|steps)|provided (?:answer|steps)|answer provided)\b"
-    r"|\b(?:your|given|provided|above|original|sample|model) (?:\w+ )?(solution|explanation)\b"
-    r"|\b(?:according to|based on|as|in|from|per|by|with) the (?:\w+ )?(solution|explanation)\b"
-    r"|\b(?:follow\w*|match\w*|using|like) the (?:\w+ )?(solution|explanation)\b"
-    r"|\b(solution|explanation) (?:above|given|provided|says|states|shows|gives|adds)\b"
+    rf"(?i)\b(?:({SOURCE_WORDS})|(?:{BEFORE}) (?:[\w-]+,? ){{0,2}}(solution|explanation)\b"
+    r"|the (solution|explanation) (?!is|are|to|of|set|for|in|has)[a-z])"
 )
 
 
@@ -840,23 +847,25 @@ SOURCE = re.compile(
 
 REWRITES = (  # (pattern, replacement), in this order: typography, signs and the form of a choice
     ("[−–]", "-"),
-    (r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9]{3})", ","),  # 1{,}000 is 1,000
-    (r"\\(?:left|right)(?![a-z])\.?|\\(?:displaystyle|q?quad)(?![a-z])", " "),
-    (r"(?<!\\)\\[,;:!$% ]|\^ ?(?:\\circ|\{\\circ\})|[$%°~\s]", " "),  # blanks, $5, 5%, 90°
-    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
+    (r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9]{3})", "'"),  # 1{,}000 is 1'000, and (1{,}000) no pair
+    (r"\\(?:left|right)(?![a-zA-Z])\.?|\\(?:displaystyle|q?quad)(?![a-zA-Z])", " "),
+    (r"(?<!\\)\\[,;:!$ ]|[$\s]", " "),  # blanks, and signs of money
+    (r"(?<=[0-9]) ?(?:\\?%|°|\^ ?(?:\\circ|\{\\circ\}))", " "),  # 5%, 90°
+    (r"(?<![\^_a-z])\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
     (r"(?<!\\)\\([#_&])", r"\1"),  # C\# is C#
     (r"\\[dt]frac", r"\\frac"),
     (r"\\(frac|sqrt)(?![a-zA-Z]) ?(\w)", r"\\\1{\2}"),  # \sqrt34 is \sqrt{3}4
     (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),  # \frac{3}4 is \frac{3}{4}
     (r"([_^])\{(\w)\}", r"\1\2"),  # x^{2} is x^2, but x^{12} is not x^12
     (r" +", " "),
-    (r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.]) ?", r"\1"),  # blanks around signs
+    (r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.-]) ?", r"\1"),  # blanks around signs
+    (r" - |(?<![\w)}])- ", "-"),  # x - 1 and - 5, but not the two numbers of 5 -3
     (r"\.$|^.*=$", ""),  # the last full stop; an equation without its right side
     (r"^\(?([A-J])\)?$", r"\1"),  # (B) is B
     (r"^(-?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3"),
 )
 # 12, 1,200, 1.5, .5 or 3/4, but not 1,20.
-NUMBER = r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER = r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:[,'][0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER += r"|[0-9]+/0*[1-9][0-9]*)"
 
 
@@ -876,7 +885,7 @@ def normalise(answer):
     for pattern, replacement in REWRITES:
         answer = re.sub(pattern, replacement, answer).strip()
     if len(answer) < 1000 and re.fullmatch(NUMBER, answer):  # int() refuses very long numbers
-        return Fraction(answer.replace(",", ""))
+        return Fraction(re.sub("[,']", "", answer))
     return re.sub(" ?, ?", ",", answer)
 
 
@@ -960,25 +969,23 @@ def load_problems(run, split, guided=True):
     Raises: RepoError if a column is missing or of another type than text, integers or chats (in a
     column of floats 42 has become 42.0), or if no record is left.
     """
-    reader = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(
-        Path(run.dataset).suffix
-    )
+    readers = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub
     require(
         reader or not Path(run.dataset).exists(),
-        f"{run.dataset!r} must be a .json, .jsonl or .parquet file. A CSV file has no types; convert "
-        'it: python -c "import csv, datasets; datasets.Dataset.from_list(list(csv.DictReader(open('
-        "'x.csv')))).to_parquet('x.parquet')\"",
+        f"{run.dataset!r} must be a .json, .jsonl or .parquet file. A CSV file has no types. This "
+        'converts it: python -c "import csv, datasets; datasets.Dataset.from_list(list('
+        "csv.DictReader(open('x.csv')))).to_parquet('x.parquet')\"",
     )
-    # A file is read anew each time, because the library's copy may be older than the file.
-    file = dict(data_files=glob.escape(run.dataset), download_mode="force_redownload")
+    options = {}
+    if reader:  # read anew each time, because the library's copy may be older than the file
+        options = dict(data_files=glob.escape(run.dataset), download_mode="force_redownload")
     columns = [run.question_column, run.answer_column, run.knowledge_column]
     with explaining(
         f"{run.dataset!r} has no readable split {split!r}",
         "a file must be UTF-8 and not empty; its only split is train, or a part of it, train[:200]",
     ):
-        data = load_dataset(
-            reader or run.dataset, run.subset, split=split, **file if reader else {}
-        ).flatten()
+        data = load_dataset(reader or run.dataset, run.subset, split=split, **options).flatten()
         present = [column for column in columns if column in data.features]
         records = data.select_columns(present).to_list()
     for column in columns if guided else columns[:2]:
@@ -1090,21 +1097,21 @@ def train(run, cfg, reward_fn):
         for log in logs:
             log.touch()
     begun = checkpoint.exists() or logs[0].stat().st_size > 0
-    require(
-        begun == run.resume, f"{out} holds {'a' if begun else 'no'} run; check --out and --resume"
-    )
+    require(begun or not run.resume, f"{out} holds no run to resume; check --out")
+    require(run.resume or not begun, f"{out} holds a run; add --resume or choose another --out")
 
     guided = cfg.guidance != "none"
     problems = load_problems(run, run.split, guided)
     held_out = load_problems(run, run.eval_split, guided) if run.eval_split else []
+    # The reward is tried on the experts' texts, so that a reward that takes nothing is seen.
     experts = [Completion(problem, [], [], problem["knowledge"]) for problem in problems]
     assign_rewards(experts, reward_fn)
     taken = sum(o.reward >= cfg.fail_threshold for o in experts)
     print(f"the reward takes {taken} of {len(experts)} experts' texts")
-    require(taken or cfg.guidance != "verbatim", "texts that the reward does not take stay out")
+    require(taken or cfg.guidance != "verbatim", "the reward takes no expert's text to be injected")
 
     settings = vars(run) | vars(cfg)
-    settings["data or reward"] = zlib.crc32(repr(experts).encode())
+    settings["data or reward"] = zlib.crc32(repr(experts).encode())  # changes with either
     state = dict(step=0, log_sizes=(0, 0), settings=settings)
     if checkpoint.exists():
         with explaining(f"{checkpoint} cannot be read", "choose another --out"):

@@ -12,6 +12,7 @@ import time
 import timeit
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 # No test reaches a hub; one thread each, also in a process of its own, is steady on a busy machine.
 os.environ |= dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
@@ -30,22 +31,22 @@ import run_tiny
 from repo import Config, RepoError, boxed_reward, encode_prompt
 
 DEVICE = repo.Run.device  # CUDA, where there is one
+cases = pytest.mark.parametrize
 transformers.utils.logging.disable_progress_bar()
 
 # --------------------------------------------------------------------------------------- helpers
 
-cases = pytest.mark.parametrize
-
-
-def texts(table):
-    """The lines of a table without its headings; ⏎ stands for a line break."""
-    lines = table.strip().splitlines()
-    return [line.replace("⏎", "\n") for line in lines if not line.startswith("# ")]
-
 
 def rows(table):
-    """The same with several cells a line."""
-    return [line.split(" | ") for line in texts(table)]
+    """The rows of a table, a line each or with ‖ between them; ⏎ stands for a line break."""
+    lines = " ‖ ".join(table.strip().splitlines()).replace("⏎", "\n")
+    return [row.split(" | ") for row in lines.split(" ‖ ")]
+
+
+def table(text):
+    """A case for each row of a table, whose first row names the columns."""
+    names, *values = rows(text)
+    return cases(names, values)
 
 
 @pytest.fixture(autouse=True)
@@ -81,17 +82,9 @@ def byte_tokenizer(template=CHAT, eos="<|im_end|>", frame="$A", blank=False):
     return tokenizer
 
 
-SHAPE = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=512,
-    bos_token_id=None,
-    eos_token_id=None,
-)
+SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
+SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+SHAPE |= dict(bos_token_id=None, eos_token_id=None)
 
 
 def tiny_model(kind="llama", vocab=300, seed=0, scale=2.0, **settings):
@@ -106,10 +99,8 @@ def tiny_model(kind="llama", vocab=300, seed=0, scale=2.0, **settings):
 
 CFG = Config(group_size=4, batch_size=3, max_new_tokens=12, learning_rate=1e-3)
 PROBLEMS = [
-    dict(
-        question=f"What is {i} + {i}?", knowledge=f"\\boxed{{{2 * i}}}, says k.", answer=str(2 * i)
-    )
-    for i in range(1, 10)
+    dict(question=f"What is {n} + {n}?", knowledge=f"\\boxed{{{2 * n}}}, by k.", answer=str(2 * n))
+    for n in range(1, 10)
 ]
 
 
@@ -183,8 +174,7 @@ def gradient_of(model, loss):
 
 def reinforce(model, groups):
     """`gradient` by hand: Σ A log π / (N |o|), one completion at a time, without padding."""
-    count = sum(map(len, groups))
-    loss = 0.0
+    loss, count = 0.0, sum(map(len, groups))
     for group in groups:
         rewards = np.array([o.reward for o in group])
         advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
@@ -196,10 +186,8 @@ def reinforce(model, groups):
 
 def step(reward_fn=boxed_reward, model=None, tokenizer=None, problems=PROBLEMS[:3], **changes):
     """A whole step of a tiny model."""
-    model = model or tiny_model()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    cfg = replace(CFG, **changes)
-    tokenizer = tokenizer or byte_tokenizer()
+    model, tokenizer = model or tiny_model(), tokenizer or byte_tokenizer()
+    optimizer, cfg = torch.optim.AdamW(model.parameters(), 1e-3), replace(CFG, **changes)
     return repo.train_step(model, tokenizer, optimizer, problems, cfg, reward_fn)
 
 
@@ -236,12 +224,8 @@ def written(name, rows):
     """A file of these rows, in the format of its name."""
     if name.endswith(".parquet"):
         return Dataset.from_list(rows).to_parquet(name)
-    written = [json.dumps(row) for row in rows]
-    if name.endswith(".json"):
-        written = [json.dumps(rows)]
-    if name.endswith(".csv"):
-        written = [",".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
-    Path(name).write_text("\n".join(written) + "\n")
+    records = [rows] if name.endswith(".json") else rows
+    Path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def read(path, split="train", q="q", k="k", a="a"):
@@ -307,43 +291,24 @@ def saved(model, tokenizer=None, folder="saved"):
 # -------------------------------------------------------------------------------------- settings
 
 
-@cases(
-    "name, value",
-    rows("""
-group_size | 1
-batch_size | 0
-max_new_tokens | 0
-updates_per_batch | 0
-gate_threshold | 1.5
-gate_threshold | -0.1
-gate_threshold | NaN
-fail_threshold | 0.0
-fail_threshold | 1.1
-temperature | 0.0
-temperature | NaN
-rephrase_temperature | -0.1
-clip_epsilon | -0.2
-kl_beta | -0.1
-learning_rate | 0.0
-max_grad_norm | 0.0
-guidance | "verbtim"
-question_prompt | "{knowledge}"
-question_prompt | "{question} {knowledge}"
-micro_batch_tokens | 0
-rephrase_prompt | "{question}"
-"""),
-)
+@table("""
+name | value
+group_size | 1 ‖ batch_size | 0 ‖ max_new_tokens | 0 ‖ updates_per_batch | 0
+gate_threshold | 1.5 ‖ gate_threshold | -0.1 ‖ gate_threshold | NaN ‖ micro_batch_tokens | 0
+fail_threshold | 0.0 ‖ fail_threshold | 1.1 ‖ temperature | 0.0 ‖ temperature | NaN
+rephrase_temperature | -0.1 ‖ clip_epsilon | -0.2 ‖ kl_beta | -0.1 ‖ learning_rate | 0.0
+max_grad_norm | 0.0 ‖ guidance | "verbtim" ‖ rephrase_prompt | "{question}"
+question_prompt | "{knowledge}" ‖ question_prompt | "{question} {knowledge}"
+""")
 def test_settings_with_which_nothing_is_learnt_are_refused(name, value):
     with refused(name):
         Config(**{name: json.loads(value)})
 
 
 def test_every_setting_says_whose_it_is():
-    source = Path(repo.__file__).read_text()
-    for f in fields(Config):
-        assert re.search(
-            rf"\n    {f.name}: .*\[(paper|reported|ours), (paper|ours|reported|none)", source
-        )
+    source, whose = Path(repo.__file__).read_text(), "(paper|reported|ours)"
+    for field in fields(Config):
+        assert re.search(rf"\n    {field.name}: .*\[{whose}, {whose}\]", source)
 
 
 # ------------------------------------------------------------------------------- text and tokens
@@ -369,32 +334,25 @@ def test_text_that_looks_like_a_control_token_stays_text(template):
 
 CONTENT = "{{ m['content'] }}"
 ASSISTANT = "{% for m in messages %}{{ m['role'] }}: " + CONTENT + "\n{% endfor %}"
-PARTS = CHAT.replace(CONTENT, "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
-CHANNEL = CHAT.replace(
-    CONTENT, "{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}" + CONTENT
-)
 THINK = CHAT + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+FAULTS = {
+    "drops the user": CHAT.replace(CONTENT, ""),
+    "drops a letter": CHAT.replace(CONTENT, "{{ m['content'][1:] }}"),
+    "raises": CHAT.replace(CONTENT, "{{ raise_exception('no') }}"),
+    "wants parts": CHAT.replace(CONTENT, "{% for part in m.content %}{{ part.text }}{% endfor %}"),
+    "answers in channels": CHAT.replace(CONTENT, "{{ 'final' if m.role != 'user' }}" + CONTENT),
+    "drops the assistant": "Q: {{ messages[0]['content'] }} A:",
+    "has no generation prompt": ASSISTANT,
+    "opens thoughts": THINK,
+}
 
 
-@cases(
-    "template",
-    {
-        "drops the user": CHAT.replace(CONTENT, ""),
-        "drops a letter": CHAT.replace(CONTENT, "{{ m['content'][1:] }}"),
-        "raises": CHAT.replace(CONTENT, "{{ raise_exception('no') }}"),
-        "wants parts": PARTS,
-        "drops the assistant": "Q: {{ messages[0]['content'] }} A:",
-        "has no generation prompt": ASSISTANT,
-        "answers in channels": CHANNEL,
-        "opens thoughts": THINK,
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_a_template_under_which_a_rephrase_would_stand_elsewhere_is_refused(template):
+@cases("fault", FAULTS)
+def test_a_template_under_which_a_rephrase_would_stand_elsewhere_is_refused(fault):
     with refused("the chat template"):
-        step(tokenizer=byte_tokenizer(template[1]))
+        step(tokenizer=byte_tokenizer(FAULTS[fault]))
     with refused("the chat template"):
-        repo.load_model(saved(tiny_model(), byte_tokenizer(template[1])), DEVICE)
+        repo.load_model(saved(tiny_model(), byte_tokenizer(FAULTS[fault])), DEVICE)
 
 
 def test_a_model_that_can_answer_without_thoughts_is_asked_to():
@@ -405,10 +363,8 @@ def test_a_model_that_can_answer_without_thoughts_is_asked_to():
 
 
 def test_todays_date_is_no_part_of_a_prompt_that_takes_one():
-    dated = "{{ date_string or strftime_now('%d') }}" + CHAT
-    assert (
-        byte_tokenizer(dated).decode(encode_prompt(byte_tokenizer(dated), "")).startswith("1 Jan")
-    )
+    dated = byte_tokenizer("{{ date_string or strftime_now('%d') }}" + CHAT)
+    assert dated.decode(encode_prompt(dated, "")).startswith("1 Jan")
 
 
 def metaspace_tokenizer(template):
@@ -422,16 +378,11 @@ def metaspace_tokenizer(template):
     return tokenizer
 
 
-SPACED = ASSISTANT + "{% if add_generation_prompt %}assistant:{% endif %}"
-
-
 @cases("blank", ["", " "])
 @cases("make", [metaspace_tokenizer, lambda t: byte_tokenizer(t, "<|eos|>", blank=True)])
-def test_an_injected_text_begins_with_the_token_that_the_policy_writes_there(
-    make, blank, monkeypatch
-):
-    """With or without a blank, cut or not, rephrase or expert, whatever a text alone begins with."""
-    tokenizer = make(SPACED)
+def test_an_injected_text_begins_with_the_token_of_a_rollout(make, blank, monkeypatch):
+    """With a blank or not, cut or not, rephrase or expert, whatever a text alone begins with."""
+    tokenizer = make(ASSISTANT + "{% if add_generation_prompt %}assistant:{% endif %}")
     vocabulary, end = tokenizer.get_vocab(), [tokenizer.eos_token_id]
     mark = "▁" if "▁" in vocabulary else "Ġ"
 
@@ -504,16 +455,15 @@ def test_samples_follow_exactly_the_softmax():
         assert chi2 < 36 + 5 * 72**0.5  # 5 deviations
 
 
-FAMILIES = {kind: json.loads(settings) for kind, settings in rows("""
-llama | {}
-gemma2 | {"sliding_window": 4}
-# with learned positions
-gpt2 | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-lfm2 | {"layer_types": ["conv", "full_attention"]}
-# with linear attention, of heads in two numbers
-qwen3_5_text | {"num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, \
-"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-""")}
+FAMILIES = dict(llama={}, gemma2=dict(sliding_window=4))
+FAMILIES["gpt2"] = dict(n_embd=32, n_layer=2, n_head=4, n_positions=600)  # with learned positions
+FAMILIES["lfm2"] = dict(layer_types=["conv", "full_attention"])
+# Linear attention, with heads in two numbers:
+FAMILIES["qwen3_5_text"] = dict(num_hidden_layers=4, linear_key_head_dim=8, linear_value_head_dim=8)
+FAMILIES["qwen3_5_text"] |= dict(linear_num_key_heads=2, linear_num_value_heads=4)
+MINIMAX = dict(num_local_experts=4, layer_types=["linear_attention", "full_attention"])
+DROPOUT = {kind: dict(attention_dropout=0.5) for kind in ("llama", "qwen3")}
+DROPOUT["gpt2"] = FAMILIES["gpt2"] | dict(resid_pdrop=0.5, attn_pdrop=0.5)
 SAME = 1e-4 if DEVICE == "cpu" else 0.5  # two code paths, a token's difference in nats
 
 
@@ -531,17 +481,11 @@ def test_sampler_and_trainer_agree_on_unlike_models_and_unequal_prompts(kind):
         assert len(ids) == 12 or ids[-1] in (2, 5)
     sampled = torch.tensor([logp for _, logps in drawn for logp in logps])
     assert (token_logps(model, made, 0.8).cpu() - sampled).abs().max() < SAME
-
     greedy = repo.sample(model, prompts, 1, 12, 0.0, [2])
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
     for prompt, (ids, _) in zip(prompts, greedy):
-        alone = torch.tensor([prompt], device=DEVICE)
-        library = model.generate(
-            alone, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
-        )
+        library = model.generate(torch.tensor([prompt], device=DEVICE), **options)
         assert DEVICE == "cuda" or library[0, len(prompt) :].tolist() == ids
-
-
-MINIMAX = dict(num_local_experts=4, layer_types=["linear_attention", "full_attention"])
 
 
 @cases("kind, settings", [("mamba", {}), ("rwkv", {}), ("minimax", MINIMAX)])
@@ -556,14 +500,9 @@ def test_a_model_whose_cache_cannot_be_rearranged_is_refused_before_it_is_traine
 
 @cases("temperature", [1.0, 0.2])
 def test_a_sampler_of_another_temperature_is_stopped(temperature, monkeypatch):
-    sample = repo.sample
-
-    def sharper(*rest):
-        *rest, temperature, ends = rest
-        return sample(*rest, 0.3 * temperature, ends)
-
     step(graded, tiny_model(scale=4.0), temperature=temperature)
-    monkeypatch.setattr(repo, "sample", sharper)
+    sample = repo.sample  # model, prompts, number, length, temperature, ends
+    monkeypatch.setattr(repo, "sample", lambda *given: sample(*given[:4], 0.3 * given[4], given[5]))
     with refused("nats a token apart"):
         step(graded, tiny_model(scale=4.0), temperature=temperature)
 
@@ -580,9 +519,7 @@ def test_sampler_and_trainer_may_differ_by_what_rounding_in_bf16_explains():
 
 
 def test_a_card_that_only_emulates_bf16_computes_in_fp32(monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: not options)
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
     assert not repo.autocast()
 
@@ -683,16 +620,8 @@ def test_logits_are_computed_from_the_first_completion_on_and_used_only_for_comp
 
 
 def test_dropout_and_train_mode_do_not_move_the_ratio():
-    settings = dict(FAMILIES["gpt2"], n_positions=600, resid_pdrop=0.5, attn_pdrop=0.5)
-    metrics, _, _ = step(graded, tiny_model("gpt2", **settings).train())
+    metrics, _, _ = step(graded, tiny_model("gpt2", **DROPOUT["gpt2"]).train())
     assert metrics["sampler_logp_diff"] < SAME and metrics["clip_ratio"] == 0
-
-
-DROPOUT = {
-    "llama": {"attention_dropout": 0.5},
-    "gpt2": {**FAMILIES["gpt2"], "n_positions": 600, "resid_pdrop": 0.5, "attn_pdrop": 0.5},
-    "qwen3": {"attention_dropout": 0.5},
-}
 
 
 @cases("kind", DROPOUT)
@@ -753,7 +682,6 @@ def test_a_batch_without_signal_changes_nothing_not_even_by_momentum():
 def test_a_step_that_stops_moves_no_weight_and_leaves_no_gradient(monkeypatch):
     stopped, fresh = tiny_model(), tiny_model()
     optimizer = torch.optim.SGD(stopped.parameters(), 1.0)
-
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="non-finite"):
         patch.setattr(repo, "policy_loss", lambda logps, *_: (math.inf * logps.sum(), logps > 0))
         update(stopped, optimizer, random_groups(1))
@@ -764,18 +692,11 @@ def test_a_step_that_stops_moves_no_weight_and_leaves_no_gradient(monkeypatch):
 # --------------------------------------------------------------------------- gate and replacement
 
 
-@cases(
-    "rewards, rho, opens",
-    rows("""
-0 0 0 0 | 1 | open
-0 0 0 1 | 1 | closed
-0 0 0 1 | 0.75 | open
-0 0 1 1 | 0.75 | closed
-0.5 0.5 | 0.5 | closed
-0.49 0.5 | 0.5 | open
-1 1 | 0 | open
-"""),
-)
+@table("""
+rewards | rho | opens
+0 0 0 0 | 1 | open ‖ 0 0 0 1 | 1 | closed ‖ 0 0 0 1 | 0.75 | open ‖ 0 0 1 1 | 0.75 | closed
+0.5 0.5 | 0.5 | closed ‖ 0.49 0.5 | 0.5 | open ‖ 1 1 | 0 | open
+""")
 def test_the_gate(rewards, rho, opens):
     group = [completion([1], [2], reward=float(reward)) for reward in rewards.split()]
     assert repo.gate_opens(group, replace(CFG, gate_threshold=float(rho))) == (opens == "open")
@@ -804,8 +725,7 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_fai
     assert metrics["injections"] == 2 and metrics["rephrase/success"] == 1
     assert metrics["reward"] == 1 / 3  # of the policy's own, as is this:
     assert metrics["kl"] is None
-    problems, hard = PROBLEMS[1:3], groups[1:]
-    for problem, group, guide in zip(problems, hard, guides):
+    for problem, group, guide in zip(PROBLEMS[1:], groups[1:], guides):
         assert group[0] is guide and [o.reward for o in group] == [1, 0, 0, 0]
         question = repo.fill(CFG.question_prompt, problem)
         assert all(o.prompt == encode_prompt(tokenizer, question) for o in group)
@@ -814,16 +734,11 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_fai
         assert tokenizer.decode(guide.tokens) == guide.text + "<|im_end|>"
     assert metrics["completions/mean_length"] == 11
     assert metrics["completions/clipped_ratio"] == metrics["rephrase/clipped_ratio"] == 0
-    experts = repo.expert_completions(model, tokenizer, [guide.replaced for guide in guides])
-    drafts = [guide.draft for guide in guides]
-    for kind, texts in (
-        ("rephrase", guides),
-        ("draft", drafts),
-        ("rollout", [guide.replaced for guide in guides]),
-        ("expert", experts),
-    ):  # all under the policy before the update
-        temperature = 1.0 if kind == "draft" else 0.8  # a greedy draft counts at 1
-        expected = token_logps(tiny_model(), texts, temperature).mean()
+    replaced = [guide.replaced for guide in guides]
+    texts = dict(rephrase=guides, draft=[guide.draft for guide in guides], rollout=replaced)
+    texts["expert"] = repo.expert_completions(model, tokenizer, replaced)
+    for kind in texts:  # all under the policy before the update; a greedy draft counts at 1
+        expected = token_logps(tiny_model(), texts[kind], 1.0 if kind == "draft" else 0.8).mean()
         assert_close(metrics[f"logp/{kind}"], expected)
 
 
@@ -834,10 +749,9 @@ def test_only_injected_questions_are_compared(scripted):
     metrics, _, guides = step(problems=problems)
     let_in = [guide for guide in guides if guide.replaced]
     assert len(let_in) == metrics["injections"] == 2
-    expected = token_logps(tiny_model(), let_in, 1.0).mean()
-    assert_close(metrics["logp/rephrase"], expected)
     experts = repo.expert_completions(tiny_model(), byte_tokenizer(), [o.replaced for o in let_in])
-    assert_close(metrics["logp/expert"], token_logps(tiny_model(), experts, 1.0).mean())
+    for kind, texts in (("rephrase", let_in), ("expert", experts)):
+        assert_close(metrics[f"logp/{kind}"], token_logps(tiny_model(), texts, 1.0).mean())
 
 
 def test_grpo_asks_for_no_rephrase_and_needs_no_knowledge(scripted):
@@ -846,18 +760,13 @@ def test_grpo_asks_for_no_rephrase_and_needs_no_knowledge(scripted):
     assert calls == [(1, 1.0)] and metrics["completions/clipped_ratio"] == 1
 
 
-@cases(
-    "draft, injections",
-    rows("""
+@table("""
+draft | injections
 right<|im_end|> | 3
- right <|im_end|> | 3
-right | 0
-wrong<|im_end|> | 0
-right<|im_start|><|im_end|> | 0
+ right <|im_end|> | 3 ‖ right | 0 ‖ wrong<|im_end|> | 0 ‖ right<|im_start|><|im_end|> | 0
 So. As the reference solution shows, it is. So<|im_end|> | 0
 <think>on and on</think>right<|im_end|> | 0
-"""),
-)
+""")
 def test_a_draft_goes_in_as_it_was_drawn_or_not_at_all(scripted, draft, injections):
     """Not if it is wrong, has no end, spells control tokens, or is refused: that is an empty text,
     which stays out even if it is rewarded."""
@@ -875,28 +784,18 @@ def test_a_draft_goes_in_as_it_was_drawn_or_not_at_all(scripted, draft, injectio
 
 def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
     scripted()
-    texts = []
-
-    def has_box(text, answer):
-        texts.append(text)
-        return float("box" in text)
-
+    has_box = Mock(side_effect=lambda text, answer: float("box" in text))
     step(has_box)
-    assert PROBLEMS[0]["knowledge"] not in texts
+    assert PROBLEMS[0]["knowledge"] not in [call.args[0] for call in has_box.mock_calls]
     _, groups, _ = step(has_box, guidance="verbatim")
     assert [group[0].text for group in groups] == [p["knowledge"] for p in PROBLEMS[:3]]
 
 
-@cases(
-    "changes",
-    texts("""
-{}
-{"group_size": 2, "max_new_tokens": 1}
-{"updates_per_batch": 4, "temperature": 0.5}
-{"gate_threshold": 0, "guidance": "verbatim"}
-{"guidance": "none"}
-"""),
-)
+@table("""
+changes
+{} ‖ {"group_size": 2, "max_new_tokens": 1} ‖ {"updates_per_batch": 4, "temperature": 0.5}
+{"gate_threshold": 0, "guidance": "verbatim"} ‖ {"guidance": "none"}
+""")
 def test_whole_steps_end_with_finite_metrics(changes):
     changes = json.loads(changes)
     metrics, groups, _ = step(lambda text, answer: len(text) % 3 / 2, **changes)
@@ -920,153 +819,77 @@ def test_accuracy_is_the_share_of_right_greedy_answers(scripted):
 
 # ------------------------------------------------------------------- the reward defines a contract
 
-BOXES = r"""
-# gold | verdict | what is in the box, or whole completions with a box
-3 | wrong | \boxed{3 ¦ 3, not \boxed ¦ \boxed{$~$} ¦ \boxed{3} or \boxed{4}
-3 | wrong | \boxed{3} or \boxed {4} ¦ \boxed{3} \boxed{4 ¦ 3\text{ million} ¦ 3\mathrm{Million}
-3 | wrong | \$3\text{ million dollars} ¦ 3\textbf{ million} ¦ 3\text{ m}\text{illion}
-3 | wrong | 3\text{ thou\text{sand}} ¦ 3\text{ US million} ¦ 3\text{ hundredths}
-3 | wrong | 3\text{ sixteenths} ¦ 3\text{ thirds} ¦ 3\text{ pairs} ¦ 3\text{ times} ¦ 3\text{k}
-3 | wrong | 3\text{ M} ¦ 3\text{ percentage points} ¦ 3\text{ factorial} ¦ 3\text{ cm or more}
-3 | wrong | 3\text{ divided by five} ¦ 3\text{ milliard} ¦ 3=x ¦ x=y=3 ¦ 2x=3 ¦ \sin(x)=3 ¦ x\le3
-3 | wrong | x\ne3 ¦ x\not=3 ¦ \sqrt3 ¦ \pm3 ¦ (3) ¦ (3,4) ¦ 3\text{ trillion}
-3 | wrong | 3\text{ billion dollars} ¦ 3\text{ percent points} ¦ 3\mathrm{P} ¦ 3\text{ doz}
-42 | wrong | \boxed{} ¦ 42 or 43 ¦ 42\text{ or 43} ¦ 2+40 ¦ -42 ¦ 4 2 ¦ 42x ¦ nan ¦ 4\,2
-42 | wrong | 4\text{2} ¦ 42\text{ or more} ¦ 42\mathrm{i} ¦ \not=42 ¦ 42\text{ cm} ¦ 42 cm
-42 | wrong | x = 42 ¦ {42}
-3 | right | \boxed{4}, no, \boxed{3}, as 4 < 5. ¦ \boxed{\boxed{3}}
-42 | right | 42 ¦ $42$ ¦ 42. ¦ 42.0 ¦ \frac{84}{2} ¦ 42\% ¦ \text{42} ¦ \$42 ¦ 42^ \circ
-60 | right | 60\%
-60 | wrong | 0.6
-1000 | right | 1,000 ¦ 1{,}000 ¦ 1\,000 ¦ 1\!000
-1000 | wrong | 1,00 ¦ 1.000 ¦ 1, 000 ¦ 1,\,000
-123 | right | 123
-123 | wrong | 0,123 ¦ (12,3)
-0.75 | right | 3/4 ¦ .75
-0.75 | wrong | 4/3 ¦ 3/0 ¦ \frac{3}{4}5 ¦ 0,75 ¦ 0 .75 ¦ \left.75\right.
-\frac{\pi}{2} | right | \dfrac{\pi}{2}
-\frac{\pi}{2} | wrong | \frac{2}{\pi}
-x^{2}+1 | right | x^{2} + 1
-x^{2}+1 | wrong | x^{2}-1 ¦ 1+x^{2} ¦ X^{2}+1
-\frac{1}{ab} | right | \tfrac{1}{ab}
-\frac{1}{ab} | wrong | 1/ab
-[1\\ 2] | right | [1\\2]
-[1\\ 2] | wrong | [1 2]
-(1, 2) | right | (1,2) ¦ \left( 1, 2 \right)
-(1, 2) | wrong | (2, 1) ¦ (1 2)
-Paris | right | \text{Paris} ¦ \text{Paris.} ¦ \textit{Paris}
-Paris | wrong | Paris or London ¦ paris
-abc | wrong | ABC
-X Y Z | wrong | x y z
-nan | right | nan
-nan | wrong | 0
--5 | right | −5 ¦ - 5 ¦ -\frac{10}{2} ¦ \frac{-10}{2} ¦ –5
--5 | wrong | 5 ¦ --5
-3\text{ million} | right | 3\text{ million}
-3 million | right | 3\text{ million}
-20 | wrong | 20\text{ dozen eggs} ¦ 20\text{ half-dozen}
-5 | wrong | 5\text{ plus two} ¦ 5\text{ choose two} ¦ 5\text{ less} ¦ 5\text{ remainder two}
-5 | wrong | 5\text{ hours thirty minutes} ¦ 5\text{ out of twelve} ¦ \displaystyle.5 ¦ (3)=5
-5 | wrong | \text{NOT}=5
-101 | wrong | 101\text{ binary} ¦ 101_{2}
-0.3 | wrong | 0.3\text{ repeating}
-2 | wrong | 2\text{ root three} ¦ 2\text{ except zero} ¦ 2\text{a}
-60^\circ | wrong | 60\text{ radians}
-25\pi | wrong | 25\pi\text{ million}
-3/4 | wrong | \frac{3}{4}\text{ million} ¦ -\frac34 ¦ 1\frac34 ¦ \frac{3}{4}\text{ dozen}
-\frac{3}{4}\text{ million} | right | \frac34\text{ million}
-3\text{ m} | wrong | 3\text{ km} ¦ 3\text{ m}^2 ¦ x=3\text{ cm}
-3\text{ AM} | wrong | 3\text{ PM}
-3\text{ m}^2 | right | 3\text{ m}^{2}
-y=3 | wrong | x=3 ¦ x=y=3
-x=3 | right | x=3
-x=4 | wrong | x=3
-g(x)=x^2 | wrong | f(x)=x^2
-x\ge3 | wrong | x\le3
-9 | wrong | x²=9 ¦ 3^{2}
-[1,2] | wrong | \not\in[1,2]
-x= | wrong | x=
-3/4 | right | \frac34 ¦ \frac{3}4 ¦ \dfrac3{4} ¦ \frac 3 4
-0.5 | right | \tfrac{1}2 ¦ \displaystyle.5 ¦ 0.50
--3/4 | right | -\frac34
-1/12 | right | \frac1{12}
-1/12 | wrong | \frac112
-\frac{1}{23} | wrong | \frac123
-\frac{1}{2}x | right | \frac12x
-\frac{1}{2x} | wrong | \frac12x
-1/2 | wrong | \frac12x
-7/4 | wrong | 1\frac34
-1\frac{3}{4} | right | 1\frac34
-13/4 | wrong | 1 3/4
-\sqrt{3} | right | \sqrt3
-\sqrt{x} | right | \sqrt x
-\sqrt{34} | wrong | \sqrt34
-\sqrt{3}4 | right | \sqrt34
-1/2 | right | \displaystyle\frac{1}{2}
-\pm3 | right | \pm 3
-x^2 | right | x^{2}
-a_2 | right | a_{2}
-x^12 | wrong | x^{12}
-x_10 | wrong | x_{10}
-x^-1 | wrong | x^{-1}
-x^{23} | wrong | x^{2}3
-B | right | (B) ¦ B. ¦ B) ¦ \text{B} ¦ \text{(B)} ¦ \textbf{(B)}.
-(B) | right | B
-A | wrong | (B) ¦ (A) or (B) ¦ A, B
-B | wrong | (b) ¦ \sqrt{B}
-AB | wrong | (AB)
-x | wrong | (x)
-\begin{pmatrix}1\\2\end{pmatrix} | wrong | \begin{vmatrix}1\\2\end{vmatrix}
-\begin{pmatrix}1\\2\end{pmatrix} | wrong | \begin{Bmatrix}1\\2\end{Bmatrix}
-\begin{pmatrix}1\\2\end{pmatrix} | wrong | \begin{bmatrix}1&2\end{bmatrix}
-1e-05 | right | 1e-05
-0.00001 | wrong | 1e-05
-0.1000000000000000055511151231257827 | wrong | 0.1
-300 | wrong | 3\times10^2
-x_1+x_2 | right | x_{1}+x_{2}
-D | wrong | \text{(C)}
-\sqrt{12} | wrong | \sqrt12
-x^2y | right | x^{2}y
-7 | right | \displaystyle 7
-\begin{pmatrix}10\end{pmatrix} | wrong | \begin{bmatrix}1&0\end{bmatrix}
-4 | right | \frac{12}3
- | wrong | \boxed{$~$}
-3\infty | wrong | 3+\infty
-y\in[1,2] | wrong | x\in[1,2]
-Na^+ | right | \text{Na}^+
-1, 2 | right | 1,\quad 2
-\text{H}_2 | wrong | \text{H}_2\text{O}
-AABB | wrong | AaBb
-Co | wrong | CO
-x=42 | wrong | 42
-\frac{3}{4} | right | \frac34
-(\frac{3}{4},1,000) | right | \left(\dfrac34, 1{,}000\right)
-12000 | right | 12\,000
-5 | right | \$5 ¦ 5\%
-90 | right | 90^{\circ} ¦ 90°
-C# | right | C\#
-snake_case | right | snake\_case
-C | right | \text{(C)}
-x^2 + \sqrt{2} | right | x^{2}+\sqrt 2
-a\cdot b | right | a \cdot b
-\text{Na}^+ | wrong | \mathrm{Na}^{+}
-"""
+# gold ✓ texts that are right | ... ✗ texts that are wrong | ... ‖ the next gold
+BOXES = rows(r"""
+3 ✓ \boxed{4}, no, \boxed{3}, as 4 < 5. | \boxed{\boxed{3}} ✗ \boxed{3 | 3, not \boxed | \boxed{$~$}
+3 ✗ \boxed{3} or \boxed{4} | \boxed{3} or \boxed {4} | \boxed{3} \boxed{4 ‖ ✗ \boxed{$~$}
+42 ✓ 42 | $42$ | 42. | 42.0 | \frac{84}{2} | 42\% | \text{42} | \$42 | 42^ \circ ✗ \boxed{} | nan
+42 ✗ 42 or 43 | 42\text{ or 43} | 42\text{ or more} | 2+40 | -42 | 4 2 | 4\,2 | 4\text{2} | 42x
+42 ✗ 42\mathrm{i} | \not=42 | x = 42 | {42} | 42\text{ cm} | 42 cm ‖ x=42 ✗ 42 ‖ nan ✓ nan ✗ 0
+1000 ✓ 1,000 | 1{,}000 | 1\,000 | 1\!000 ✗ 1,00 | 1.000 | 1, 000 | 1,\,000 ‖ 12000 ✓ 12\,000
+123 ✓ 123 ✗ 0,123 | (12,3) ‖ -5 ✓ −5 | –5 | - 5 | -\frac{10}{2} | \frac{-10}{2} ✗ 5 | --5
+60 ✓ 60\% ✗ 0.6 ‖ 5 ✓ \$5 | 5\% ‖ 90 ✓ 90^{\circ} | 90° ‖ 7 ✓ \displaystyle 7 ‖ \pm3 ✓ \pm 3
+0.75 ✓ 3/4 | .75 ✗ 4/3 | 3/0 | \frac{3}{4}5 | 0,75 | 0 .75 | \left.75\right. ‖ 0.00001 ✗ 1e-05
+0.5 ✓ \tfrac{1}2 | \displaystyle.5 | 0.50 ‖ 0.1000000000000000055511151231257827 ✗ 0.1
+1e-05 ✓ 1e-05 ‖ 3 million ✓ 3\text{ million} ‖ 3\text{ million} ✓ 3\text{ million}
+3 ✗ 3\text{ million} | 3\mathrm{Million} | \$3\text{ million dollars} | 3\textbf{ million}
+3 ✗ 3\text{ m}\text{illion} | 3\text{ US million} | 3\text{ milliard} | 3\text{ billion dollars}
+3 ✗ 3\text{ trillion} | 3\text{ thou\text{sand}} | 3\text{k} | 3\text{ M} | 3\mathrm{P}
+3 ✗ 3\text{ percentage points} | 3\text{ percent points} | 3\text{ hundredths} | 3\text{ thirds}
+3 ✗ 3\text{ sixteenths} | 3\text{ pairs} | 3\text{ times} | 3\text{ factorial} | 3\text{ cm or more}
+3 ✗ 3\text{ divided by five} | 3\text{ doz} ‖ 20 ✗ 20\text{ dozen eggs} | 20\text{ half-dozen}
+5 ✗ 5\text{ plus two} | 5\text{ choose two} | 5\text{ less} | 5\text{ remainder two}
+5 ✗ 5\text{ hours thirty minutes} | 5\text{ out of twelve} ‖ 60^\circ ✗ 60\text{ radians}
+2 ✗ 2\text{ root three} | 2\text{ except zero} | 2\text{a} ‖ 0.3 ✗ 0.3\text{ repeating}
+101 ✗ 101\text{ binary} | 101_{2} ‖ 25\pi ✗ 25\pi\text{ million} ‖ 3\text{ AM} ✗ 3\text{ PM}
+3\text{ m} ✗ 3\text{ km} | 3\text{ m}^2 | x=3\text{ cm} ‖ 3\text{ m}^2 ✓ 3\text{ m}^{2}
+3/4 ✗ \frac{3}{4}\text{ million} | \frac{3}{4}\text{ dozen} | -\frac34 | 1\frac34
+\frac{3}{4}\text{ million} ✓ \frac34\text{ million} ‖ \frac{3}{4} ✓ \frac34 ‖ -3/4 ✓ -\frac34
+3/4 ✓ \frac34 | \frac{3}4 | \dfrac3{4} | \frac 3 4 ‖ 1/2 ✓ \displaystyle\frac{1}{2} ✗ \frac12x
+1/12 ✓ \frac1{12} ✗ \frac112 ‖ \frac{1}{23} ✗ \frac123 ‖ 7/4 ✗ 1\frac34 ‖ 4 ✓ \frac{12}3
+1\frac{3}{4} ✓ 1\frac34 ‖ 13/4 ✗ 1 3/4 ‖ \frac{1}{2}x ✓ \frac12x ‖ \frac{1}{2x} ✗ \frac12x
+\frac{1}{ab} ✓ \tfrac{1}{ab} ✗ 1/ab ‖ \frac{\pi}{2} ✓ \dfrac{\pi}{2} ✗ \frac{2}{\pi}
+\sqrt{3} ✓ \sqrt3 ‖ \sqrt{x} ✓ \sqrt x ‖ \sqrt{34} ✗ \sqrt34 ‖ \sqrt{3}4 ✓ \sqrt34
+\sqrt{12} ✗ \sqrt12 ‖ 3 ✗ \sqrt3 | \pm3 | (3) | (3,4) ‖ 5 ✗ (3)=5 | \text{NOT}=5 | \displaystyle.5
+3 ✗ 3=x | x=y=3 | 2x=3 | \sin(x)=3 | x\le3 | x\ne3 | x\not=3 ‖ x\ge3 ✗ x\le3 ‖ x=3 ✓ x=3
+x=4 ✗ x=3 ‖ y=3 ✗ x=3 | x=y=3 ‖ x= ✗ x= ‖ g(x)=x^2 ✗ f(x)=x^2 ‖ 9 ✗ x²=9 | 3^{2}
+300 ✗ 3\times10^2 ‖ x^12 ✗ x^{12} ‖ x_10 ✗ x_{10} ‖ x^-1 ✗ x^{-1} ‖ x^{23} ✗ x^{2}3 ‖ a_2 ✓ a_{2}
+x^2 ✓ x^{2} ‖ x^2y ✓ x^{2}y ‖ x_1+x_2 ✓ x_{1}+x_{2} ‖ x^2 + \sqrt{2} ✓ x^{2}+\sqrt 2
+x^{2}+1 ✓ x^{2} + 1 ✗ x^{2}-1 | 1+x^{2} | X^{2}+1 ‖ a\cdot b ✓ a \cdot b ‖ 3\infty ✗ 3+\infty
+B ✓ (B) | B. | B) | \text{B} | \text{(B)} | \textbf{(B)}. ✗ (b) | \sqrt{B} ‖ (B) ✓ B
+A ✗ (B) | (A) or (B) | A, B ‖ D ✗ \text{(C)} ‖ AB ✗ (AB) ‖ x ✗ (x) ‖ abc ✗ ABC ‖ X Y Z ✗ x y z
+Paris ✓ \text{Paris} | \text{Paris.} | \textit{Paris} ✗ Paris or London | paris ‖ C# ✓ C\#
+AABB ✗ AaBb ‖ Co ✗ CO ‖ Na^+ ✓ \text{Na}^+ ‖ \text{Na}^+ ✗ \mathrm{Na}^{+} ‖ C ✓ \text{(C)}
+\text{H}_2 ✗ \text{H}_2\text{O} ‖ [1,2] ✗ \not\in[1,2] ‖ y\in[1,2] ✗ x\in[1,2]
+(1, 2) ✓ (1,2) | \left( 1, 2 \right) ✗ (2, 1) | (1 2) ‖ [1\\ 2] ✓ [1\\2] ✗ [1 2]
+\begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{vmatrix}1\\2\end{vmatrix} ‖ snake_case ✓ snake\_case
+\begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{Bmatrix}1\\2\end{Bmatrix} ‖ 1, 2 ✓ 1,\quad 2
+\begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{bmatrix}1&2\end{bmatrix}
+\begin{pmatrix}10\end{pmatrix} ✗ \begin{bmatrix}1&0\end{bmatrix}
+(\frac{3}{4},1,000) ✓ \left(\dfrac34, 1{,}000\right)
+""")
 
 
-@cases(
-    "text, gold, verdict",
-    [(text, gold, verdict) for gold, verdict, many in rows(BOXES) for text in many.split(" ¦ ")],
-)
-def test_the_reward_is_the_contract(text, gold, verdict):
+def verdicts():
+    """Each text of BOXES with its gold and whether it is right."""
+    for row in BOXES:
+        gold, *marked = re.split(" ?([✓✗]) ", " | ".join(row))
+        for mark, many in zip(marked[::2], marked[1::2]):
+            yield from ((text, gold, mark == "✓") for text in many.split(" | "))
+
+
+@cases("text, gold, right", list(verdicts()))
+def test_the_reward_is_the_contract(text, gold, right):
+    """A text is what stands in the box, or a whole completion with a box."""
     text = text if "\\boxed" in text else f"So \\boxed{{{text}}}."
-    assert boxed_reward(text, gold) == (verdict == "right")
+    assert boxed_reward(text, gold) == right
 
 
+BODY = "We add 3.5 and 4.\n\nSo it is \\boxed{7.5}."  # {} in the tables
 PIECES = (
     "\\boxed{ { } \\ $ , . - + % / ^ = 1 23 000 \\frac{1} \\text{ nan ٣ ½ x \x00 \ud800 "
     "<think> </think> <|im_end|> <|a Sure! reference"
-).split()
-PIECES += [" ", "\n", ": ", "the reference ", "here is my "]
+).split() + [" ", "\n", ": ", "the reference ", "here is my "]
 
 
 def test_any_text_has_a_reward_and_can_be_cleaned():
@@ -1083,131 +906,89 @@ def test_any_text_has_a_reward_and_can_be_cleaned():
 def test_a_million_characters_of_any_piece_take_linear_time(piece):
     """Eight times the text may take thirty times as long, and not sixty-four."""
 
-    def seconds(function, length):
-        text = (piece * length)[:length]
-        times = timeit.repeat(lambda: function(text), timer=time.process_time, number=1, repeat=3)
-        return min(times)
+    def seconds(length):
+        text = form.replace("@", (piece * length)[:length])
+        return min(timeit.repeat(lambda: function(text, "1"), repeat=3, number=1, timer=clock))
 
-    for function in (
-        lambda text: boxed_reward(text, "1"),
-        lambda text: boxed_reward(f"\\boxed{{a{text}b}}", "1"),
-        repo.clean_rephrase,
-    ):
-        part = seconds(function, 125_000)
-        assert seconds(function, 1_000_000) < 30 * max(part, 0.01)
+    clock, box = time.process_time, "\\boxed{a@b}"
+    for function, form in ((boxed_reward, "@"), (boxed_reward, box), (repo.clean_rephrase, "@")):
+        assert seconds(1_000_000) < 30 * max(seconds(125_000), 0.01)
 
 
-BODY = "We add 3.5 and 4.\n\nSo it is \\boxed{7.5}."
-KEPT = texts(r"""
+@table(r"""
+text
 There is a unique solution, x = 3. The solution set is {3}.
 1. Add 3.⏎2. Add 4.⏎3. So \boxed{7}.
 ## Solution⏎⏎- Add 3.⏎- Add 4.⏎⏎**Answer:** \boxed{7}
-| n | f |⏎|---|---|⏎| 1 | 3 |⏎⏎\boxed{3}
-So we get⏎\[⏎\boxed{72}⏎\]
-```python⏎def f(x):⏎    return x⏎```
+|n|f|⏎|---|---|⏎|1|3|⏎⏎\boxed{3} ‖ So we get⏎\[⏎\boxed{72}⏎\] ‖ ```python⏎def f(x):⏎    return x⏎```
 The given equation has a solution. Surely 3 < x and y|z > 1: a <s b> c.
 We rewrite the equation as 3x. It can be rewritten as 3y. In other words, find n.
 I hope to reach 60 km/h. If you have 3 questions and guess, 1/8. If you need 3, you have 5.
 The correct answer is (B). The given answer choices are 3 and 4.
-The answer given by 2+3 is 5. So \boxed{5}.
-Note: x must be positive. Then x = 2.
+The answer given by 2+3 is 5. So \boxed{5}. ‖ Note: x must be positive. Then x = 2.
 The total is given. He provided 3 apples, as stated in the question.
 """)
-OWN = rows(r"""
+def test_cleaning_keeps_a_direct_answer_as_it_is(text):
+    for answer in ("", BODY, text):
+        assert repo.clean_rephrase(answer) == answer
+
+
+@table(r"""
+text
+Sure! {} ‖ Of course! Understood. {} ‖ **Certainly!**⏎{} ‖ In my own words:⏎{}
+Sure, here is the rephrased solution:⏎⏎{} ‖ Here is my rewritten version of the answer:⏎{}
+**Rephrased solution:**⏎⏎⏎{} ‖ As the reference solution shows, we add. {}
+According to the notes, we add. Here is the solution. {} ‖ The expert's answer is right.⏎{}
+{} I hope this helps! ‖ {} Hope that answers it. Let me know if you have any questions.
+{} From your explanation, as you noted, it is so.
+{}⏎⏎Note: I rephrased the solution in my own words.
+{} This matches the reference solution. Is there anything else I can do?
+""")
+def test_cleaning_cuts_what_is_no_answer_from_the_ends(text):
+    assert repo.clean_rephrase(text.replace("{}", BODY)) == BODY
+
+
+@table(r"""
+text | question
 The notes C, E and G: 3 notes. So \boxed{3}. | A chord has the notes C, E and G. How many?
 The reference solution has 3 mol. In the solution 2 mol react. | A reference solution of 3 mol.
 Two notes of 5 in the till make 10. | A cashier has two notes of 5.
 The reference angle is 30 degrees. | Find the reference angle.
 The expert's hint was 7. So \boxed{7}. | The expert gave a hint, 7. What was it?
-""")  # a text, and the question in which its words occur
-CUT = texts(r"""
-Sure! {}
-Of course! Understood. {}
-**Certainly!**⏎{}
-Sure, here is the rephrased solution:⏎⏎{}
-Here is my rewritten version of the answer:⏎{}
-**Rephrased solution:**⏎⏎⏎{}
-In my own words:⏎{}
-As the reference solution shows, we add. {}
-According to the notes, we add. Here is the solution. {}
-The expert's answer is right.⏎{}
-{} I hope this helps!
-{} Hope that answers it. Let me know if you have any questions.
-{} From your explanation, as you noted, it is so.
-{}⏎⏎Note: I rephrased the solution in my own words.
-{} This matches the reference solution. Is there anything else I can do?
-""")  # around {}, which alone stays
-LEAKS = texts(r"""
-According to the hint, it is 7.
-According to the notes, she sold 24.
-The notes add 4.
-The notes say that we add 4.
-Using the notes, we add 4.
-As per your notes, we add 4.
-As the expert shows, 4 follows.
-The expert's answer is 7.
-The reference gives 4.
-This matches the reference: 7.
-As stated in the reference, we add 4.
-Based on the solution, 4 follows.
-Based on the given solution, we add 4.
-According to the provided solution, 4 follows.
-The given solution says 7.
-Like the solution above, we add 4.
-The solution you gave adds 4.
-The solution above gives 4.
-The solution provided shows 4.
-As in the sample solution, 4 is added.
-Following the explanation, we add 4.
-The explanation says that 4 is added.
-In your solution 4 is added.
-You provided 4 as the next term.
-As you've explained, we add 4.
-As you mentioned, we add 4.
-I reworded the second step: add 4.
-Now I rephrase the next step, 4.
-To paraphrase step 2, we add 4.
-In my own words, 4 is added.
-As requested, here comes step 4.
-The rewritten solution adds 4.
 """)
-REFUSED = texts(r"""
-<think>⏎The reference says 7.⏎</think>⏎{}
-so 7</think>{}
-{}<|im_end|>⏎<|im_start|>user⏎And 2+2?
-{}</s>
-<start_of_turn>model⏎{}<end_of_turn>
-{}<｜end▁of▁sentence｜>
-Sure, here it is: {}
-Sure, x = 7. {}
-{} I hope this helps with step 2.
-""")  # thoughts, control tokens, and chat that states a figure
-
-
-@cases("text", ["", BODY, *KEPT])
-def test_cleaning_keeps_a_direct_answer_as_it_is(text):
-    assert repo.clean_rephrase(text) == text
-
-
-@cases("text", CUT)
-def test_cleaning_cuts_what_is_no_answer_from_the_ends(text):
-    assert repo.clean_rephrase(text.replace("{}", BODY)) == BODY
-
-
-@cases("text, question", OWN)
 def test_a_word_of_the_question_is_no_talk_of_the_source(text, question):
     assert repo.clean_rephrase(text, question) == text
     assert repo.clean_rephrase(text) == ""
 
 
-@cases("leak", LEAKS)
+@table(r"""
+leak
+According to the hint, it is 7. ‖ According to the notes, she sold 24. ‖ The notes add 4.
+The notes say that we add 4. ‖ Using the notes, we add 4. ‖ As per your notes, we add 4.
+As the expert shows, 4 follows. ‖ The expert's answer is 7. ‖ The reference gives 4.
+This matches the reference: 7. ‖ As stated in the reference, we add 4.
+Based on the solution, 4 follows. ‖ Based on the given solution, we add 4.
+According to the provided solution, 4 follows. ‖ The given solution says 7.
+Like the solution above, we add 4. ‖ The solution you gave adds 4. ‖ The solution above gives 4.
+The solution provided shows 4. ‖ As in the sample solution, 4 is added.
+Following the explanation, we add 4. ‖ The explanation says that 4 is added.
+In your solution 4 is added. ‖ You provided 4 as the next term. ‖ As you've explained, we add 4.
+As you mentioned, we add 4. ‖ I reworded the second step: add 4. ‖ The rewritten solution adds 4.
+Now I rephrase the next step, 4. ‖ To paraphrase step 2, we add 4. ‖ In my own words, 4 is added.
+As requested, here comes step 4.
+""")
 @cases("text", ["{} We add 3.5 and 4. So \\boxed{7.5}.", "We add. {} So 7.", "We add 3.5. {}"])
 def test_no_leak_passes_wherever_it_stands(leak, text):
     clean = repo.clean_rephrase(text.replace("{}", leak))
     assert clean in ("", text.replace("{}", "").strip())
 
 
-@cases("text", [*REFUSED, "<think>on and on"])
+@table(r"""
+text
+<think>⏎The reference says 7.⏎</think>⏎{} ‖ so 7</think>{} ‖ <think>on and on
+{}<|im_end|>⏎<|im_start|>user⏎And 2+2? ‖ {}</s> ‖ <start_of_turn>model⏎{}<end_of_turn>
+{}<｜end▁of▁sentence｜> ‖ Sure, here it is: {} ‖ Sure, x = 7. {} ‖ {} I hope this helps with step 2.
+""")
 def test_thoughts_control_tokens_and_chat_with_a_figure_are_refused(text):
     assert repo.clean_rephrase(text.replace("{}", BODY)) == ""
 
@@ -1222,30 +1003,23 @@ def answers(path, values, **columns):
 
 
 @cases("path", "d.json d.jsonl d.parquet d[1].jsonl *.json".split())
-@cases(
-    "values",
-    texts("""
+@table("""
+values
 ["007", "NA", "None", "nan", "1e-05", "1.50", "2024-01-05", "True", "12345678901234567"]
-["9007199254740993", "42"]
-["0.00001", "0.50"]
-[9007199254740993, 0, -1]
-"""),
-)
+["9007199254740993", "42"] ‖ ["0.00001", "0.50"] ‖ [9007199254740993, 0, -1]
+""")
 def test_an_answer_is_what_the_file_says(path, values):
     answers("d1.jsonl", ["another"])  # which d[1].jsonl and *.json would find as patterns
     assert answers(path, json.loads(values)) == [*map(str, json.loads(values))]
 
 
-@cases(
-    "path, values, expected",
-    rows(r"""
+@table(r"""
+path | values | expected
 d.json | [9007199254740993, null, 0] | 9007199254740993 0
 d.parquet | [9007199254740993, null, 0] | 9007199254740993 0
 d.jsonl | ["4", "\\boxed{5}", "#### 6"] | 4 5 6
 d.jsonl | ["2024-01-05", "2024-01-06"] | timestamp.*write text
-d.jsonl | [0.5, 1] | float64
-d.parquet | [42.0, null] | float64
-d.json | [true, false] | bool
+d.jsonl | [0.5, 1] | float64 ‖ d.parquet | [42.0, null] | float64 ‖ d.json | [true, false] | bool
 d.parquet | [["4"], ["5"]] | List
 d.jsonl | ["007", 3, "[1, 2]"] | Json.*keys or types differ
 d.jsonl | [3, "007"] | Json.*keys or types differ
@@ -1254,8 +1028,7 @@ d.jsonl | [[{"role": "user", "content": [{"text": "4"}]}]] | List
 d.jsonl | [[{"from": "human", "value": "4"}]] | from
 d.jsonl | [{"ground_truth": "4"}] | a.ground_truth
 d.jsonl | [""] | 0 of 1 records
-"""),
-)
+""")
 def test_gaps_are_left_out_and_what_has_no_one_spelling_is_refused(path, values, expected):
     try:
         assert answers(path, json.loads(values)) == expected.split()
@@ -1264,33 +1037,23 @@ def test_gaps_are_left_out_and_what_has_no_one_spelling_is_refused(path, values,
 
 
 def test_a_class_label_is_refused_and_not_read_as_its_index():
-    label = Features(a=ClassLabel(names="01"))
-    Dataset.from_dict(dict(a=[1]), label).to_parquet("d.parquet")
+    Dataset.from_dict(dict(a=[1]), Features(a=ClassLabel(names="01"))).to_parquet("d.parquet")
     with refused("ClassLabel"):
         read("d.parquet", q="a", k="a")
 
 
 def test_a_column_that_the_library_has_made_opaque_says_why():
     """As in verl's files: the records' dicts differ in their keys."""
-    written("d.jsonl", [dict(q="q", k="k", x=dict(a="4")), dict(q="q", k="k", x=dict(b="4"))])
-    with refused("'x.a'.*Json.*the same.*parquet"):
-        print(read("d.jsonl", a="x.a"))
-
-
-CHATS = texts(r"""
-{"q": [{"role": "user", "content": "2+2? "}]}
-{"q": [{"role": "system", "content": "s"}, {"role": "user", "content": "2+2?"}]}
-{"q": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]}
-{"q": [{"role": "system", "content": "s"}]}
-{"q": null}
-""")
+    with refused("'a.n'.*Json.*the same.*parquet"):
+        answers("d.jsonl", [dict(n="4"), dict(m="4")], a="a.n")
 
 
 @cases("path", ["d.parquet", "d.jsonl"])
 def test_chats_and_fields_of_dicts_are_read_as_in_luffy_and_verl(path, capsys):
-    solution = "<think>\nwell\n</think>\nso \\boxed{4}"
-    expert = dict(k=[dict(role="assistant", content=solution)], m=dict(truth="4", n=1))
-    written(path, [json.loads(chat) | expert for chat in CHATS])
+    system, user = dict(role="system", content="s"), dict(role="user", content="2+2? ")
+    expert = dict(role="assistant", content="<think>\nwell\n</think>\nso \\boxed{4}")
+    chats = [user], [system, user], [user, expert], [system], None
+    written(path, [dict(q=chat, k=[expert], m=dict(truth="4", n=1)) for chat in chats])
     expected = dict(question="2+2?", knowledge="so \\boxed{4}", answer="4")
     assert read(path, a="m.truth") == read(path, a="k") == [expected] * 2
     assert "2 of 5 records" in capsys.readouterr().out
@@ -1305,8 +1068,7 @@ def test_an_experts_thoughts_are_cut_and_endless_ones_leave_the_record_out():
 def test_a_file_that_was_edited_with_size_and_time_kept_is_read_anew():
     assert answers("d.jsonl", ["4"]) == ["4"]
     stamp = os.stat("d.jsonl")
-    text = Path("d.jsonl").read_text().replace("4", "5")
-    Path("d.jsonl").write_text(text)
+    Path("d.jsonl").write_text(Path("d.jsonl").read_text().replace("4", "5"))
     os.utime("d.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert [problem["answer"] for problem in read("d.jsonl")] == ["5"]
 
@@ -1321,9 +1083,8 @@ def test_plain_grpo_needs_no_solutions():
         repo.load_problems(run, "train")
 
 
-@cases(
-    "text, knowledge, answer",
-    rows(r"""
+@table(r"""
+text | knowledge | answer
 #### Step 1⏎so⏎#### 42 | #### Step 1⏎so⏎The final answer is \boxed{42}. | 42
 so⏎##### a⏎####B | so⏎##### a⏎The final answer is \boxed{B}. | B
 so⏎#### 1,200 m⏎ | so⏎The final answer is \boxed{1,200 m}. | 1,200 m
@@ -1335,8 +1096,7 @@ so⏎#### $\boxed{7}$ | so⏎#### $\boxed{7}$ | 7
 1 <<= x, 1<<2=4>>x⏎#### 4 | 1 <<= x, 1<<2=4>>x⏎The final answer is \boxed{4}. | 4
 cout << x=1 >> y⏎#### 4 | cout << x=1 >> y⏎The final answer is \boxed{4}. | 4
 1 <<= x 1<<2=4>>3 \boxed{4} | 1 <<= x 1<<2=4>>3 \boxed{4} | 4
-"""),
-)
+""")
 def test_only_a_text_that_ends_in_its_mark_is_in_the_notation_of_gsm8k(text, knowledge, answer):
     written("d.jsonl", [dict(q="#### q", k=text)])
     assert read("d.jsonl", a="k") == [dict(question="#### q", knowledge=knowledge, answer=answer)]
@@ -1350,17 +1110,12 @@ def test_records_without_an_answer_are_left_out_and_counted(capsys):
     assert len(read("d.jsonl", "train[3:]", k="a")) == 1
 
 
-@cases(
-    "name, split, content",
-    rows("""
-d.jsonl | train | ⏎
-d.jsonl | test | {}
+@table("""
+name | split | content
+d.jsonl | train | ⏎ ‖ d.jsonl | train | {"q":⏎ ‖ d.jsonl | test | {} ‖ none.json | train | {}
 d.jsonl | train[:0] | {"q": 1, "k": 1, "a": 1}
-d.jsonl | train | {"q":⏎
 d.jsonl | train | {"q": "é", "k": "k", "a": "a"}
-none.json | train | {}
-"""),
-)
+""")
 def test_what_cannot_be_read_ends_in_one_line(name, split, content):
     Path(name.replace("none", "d")).write_text(content, "latin-1")
     with refused(rf"\A.*{name}' has no .*\Z"):
@@ -1384,14 +1139,9 @@ def test_overlong_problems_are_left_out_and_counted(capsys):
     rest = tiny_model(max_position_embeddings=context), tokenizer, cfg
     assert repo.fitting(problems, *rest) == problems[:1]
     assert "1 of 3 problems" in capsys.readouterr().out
-    factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4)
-    long = tiny_model(
-        "phi3",
-        pad_token_id=0,
-        max_position_embeddings=4 * context,
-        original_max_position_embeddings=context,
-        rope_parameters=dict(rope_type="longrope", rope_theta=1e4, **factors),
-    )
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    lengths = dict(max_position_embeddings=4 * context, original_max_position_embeddings=context)
+    long = tiny_model("phi3", pad_token_id=0, rope_parameters=rope, **lengths)
     assert repo.fitting(problems, long, *rest[1:]) == problems[:1]
 
 
@@ -1413,13 +1163,12 @@ def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
     repo.main(flags(files, eval_split="train[:3]", device=DEVICE, kl_beta=0.1), graded)
     assert [row["step"] for row in lines()] == [0, 1, 2, 3]
     assert lines()[3]["kl"] > 0  # the reference stays as it was
-    summary = json.loads(Path("out/summary.json").read_text())
-    assert set(summary) == {"accuracy_before", "accuracy_after"}
+    assert [*lines(name="summary.json")[0]] == ["accuracy_before", "accuracy_after"]
     shown = capsys.readouterr()
     assert re.search(r"step 3: reward \S+, injections \d+, truncated \d+%", shown.out)
     assert "it/s" not in shown.err  # no bars where no terminal is
     assert re.search(r"the reward takes \d+ of \d+ experts' texts", shown.out)
-    question = json.loads(Path(files, "data.jsonl").read_text().splitlines()[0])["question"]
+    question = lines(files, "data.jsonl")[0]["question"]
     assert f"training on {DEVICE}; the first prompt:\n{question}=" in shown.out
     model, tokenizer = repo.load_model("out/model", "cpu")
     assert model.dtype == torch.float32 and tokenizer.chat_template
@@ -1429,14 +1178,9 @@ def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
     scripted(rollout="\\boxed{2}", rephrase="Sure! So it is \\boxed{4}.<|im_end|>")
     problems = [PROBLEMS[0], dict(PROBLEMS[0], answer="4")]  # one question, the first time solved
     _, groups, guides = step(problems=problems)
-    assert repo.episode(groups, guides) == dict(
-        problems[1],
-        rollouts=[dict(reward=0.0, text="\\boxed{2}")] * 4,
-        draft="Sure! So it is \\boxed{4}.",
-        guide="So it is \\boxed{4}.",
-        reward=1.0,
-        injected=True,
-    )
+    said = dict(rollouts=[dict(reward=0.0, text="\\boxed{2}")] * 4, guide="So it is \\boxed{4}.")
+    said |= dict(draft="Sure! So it is \\boxed{4}.", reward=1.0, injected=True)
+    assert repo.episode(groups, guides) == problems[1] | said
 
 
 def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(files, monkeypatch):
@@ -1484,18 +1228,15 @@ def test_a_second_process_does_not_get_in(files):
 
 
 def test_too_little_memory_ends_in_a_line_that_names_the_flags(files, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(repo, "train_step", fail)
+    failure = torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(repo, "train_step", Mock(side_effect=failure))
     assert re.search("of memory.*--group-size.*--micro-batch-tokens", refusal(flags(files)))
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
     """Each process is ended by SIGKILL; after twenty kills the run is left to finish."""
-    metrics = Path("out/metrics.jsonl")
-    reached = []
+    metrics, reached = Path("out/metrics.jsonl"), []
 
     def start(out):
         log = Path(out, "metrics.jsonl")
@@ -1521,27 +1262,17 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
     assert outcome("whole") == outcome("out")
 
 
-@cases(
-    "change, message",
-    rows("""
---question-column=problem | problem.*'question', 'answer'
---group-size=1 | group_size cannot be 1
+@table("""
+change | message
+--question-column=problem | problem.*'question', 'answer' ‖ --eval-split=test | no readable
 --knowledge-column=question --answer-column=question | 0 of \\d+ records
---guidance=verbatim --knowledge-column=question | reward does not take
---eval-split=test | no readable
---dataset=checkpoint.pt | must be a .json
---dataset=. | must be a .json
---steps=0 | --steps is 0
---out=checkpoint.pt | --out
---out=checkpoint.pt/below | --out
+--guidance=verbatim --knowledge-column=question | reward does not take ‖ --steps=0 | --steps is 0
+--dataset=checkpoint.pt | must be a .json ‖ --dataset=. | must be a .json
+--out=checkpoint.pt | --out ‖ --out=checkpoint.pt/below | --out ‖ --device=cuda:77 | --device
 --out=. --resume | checkpoint.pt cannot be read: .*; choose another --out
---device=cuda:77 | --device
---device=abacus | --device
-"""),
-)
-def test_what_cannot_work_ends_in_one_line_before_the_model_is_loaded(
-    files, change, message, monkeypatch
-):
+--device=abacus | --device ‖ --group-size=1 | group_size cannot be 1
+""")
+def test_what_cannot_work_ends_before_the_model_is_loaded(files, change, message, monkeypatch):
     monkeypatch.setattr(repo, "load_model", None)
     Path("checkpoint.pt").touch()  # damaged
     assert re.search(f"^error: .*{message}", refusal(flags(files) + change.split()))
@@ -1560,17 +1291,12 @@ def test_weights_that_take_no_gradient_are_refused(monkeypatch):
     model = tiny_model()
     saved(model)
     model.model.norm.weight.requires_grad_(False)
-    load = repo.AutoModelForCausalLM.from_pretrained
+    loaded = model, dict(missing_keys=[])
     with monkeypatch.context() as patch, refused("take no gradient"):
-        patch.setattr(
-            repo.AutoModelForCausalLM,
-            "from_pretrained",
-            lambda *given, **options: (model, load(*given, **options)[1]),
-        )
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **options: loaded)
         repo.load_model("saved", DEVICE)
     config = json.loads(Path("saved/config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    Path("saved/config.json").write_text(json.dumps(config))
+    written("saved/config.json", config | dict(quantization_config=dict(quant_method="fp8")))
     with refused("saved'"):
         repo.load_model("saved", DEVICE)
 
@@ -1664,17 +1390,12 @@ def test_worlds_are_drawn_from_their_seed():
     assert run_tiny.realms(1, "a/b").folder.name.endswith("a b")
 
 
-@cases(
-    "text, reward",
-    rows("""
-The capital of Katalia is Nudis. | 1
-The capital of Katalia is Nudis | 1
+@table("""
+text | reward
+The capital of Katalia is Nudis. | 1 ‖ The capital of Katalia is Nudis | 1
 The city of Nudis is that of Katalia is the city of Nudis. | 0
-The capital of Katalia is Nudis, says the reference. | 0
-Nudis Nudis. | 0
-It is Nudis. | 0
-"""),
-)
+The capital of Katalia is Nudis, says the reference. | 0 ‖ Nudis Nudis. | 0 ‖ It is Nudis. | 0
+""")
 def test_the_reward_of_the_realms_takes_a_sentence_and_nothing_degenerate(text, reward):
     assert run_tiny.realm_reward(text, "Katalia, Nudis") == int(reward)
     for problem in run_tiny.realms(0, "").problems:
@@ -1703,6 +1424,5 @@ def test_a_comparison_is_shown_and_goes_on_where_it_stood(capsys):
 def test_one_step_is_explained(world, capsys):
     run_tiny.explain(world, DEVICE, charts=True)
     shown, problem = capsys.readouterr().out, world.held_out["hard"][0]
-    parts = [problem["question"], problem["knowledge"], "1.50, -0.50, -0.50, -0.50"]
-    for part in [*parts, "```mermaid\nxychart-beta"]:
-        assert part in shown
+    assert problem["question"] in shown and problem["knowledge"] in shown
+    assert "1.50, -0.50, -0.50, -0.50" in shown and "```mermaid\nxychart-beta" in shown
