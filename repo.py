@@ -403,7 +403,7 @@ def clean_rephrase(text, record=""):
 
     1. A draft with thoughts or control tokens is refused.
     2. Lines of chat ("Sure!") or about the source ("According to the notes:") are cut from both
-       ends. A line with a digit or a formula is never cut.
+       ends. A line with a digit, a sign or a single letter is never cut.
     3. What still has chat at an end, speaks of the source, or is a torn sentence, is refused. A cut
        within a line or in the middle would leave a hole in the text.
 
@@ -421,15 +421,15 @@ def clean_rephrase(text, record=""):
 
     def may_go(line):
         meta = not re.search(r"\w", line) or CHAT.search(line) or about_source(line)
-        return meta and not FORMULA.search(line)
+        return meta and not CONTENT.search(line)
 
     lines = text.strip().splitlines(True)
     kept = [n for n, line in enumerate(lines) if not may_go(line)]
-    lines = lines[kept[0] : kept[-1] + 1] if kept else []
-    answer = "".join(lines).strip()
-    chat = any(CHAT.search(line) for line in lines[:1] + lines[-1:])
-    torn = answer != text.strip() and TORN.search(answer)
-    return "" if chat or torn or about_source(answer) else answer
+    first, last = (kept[0], kept[-1] + 1) if kept else (0, 0)
+    head, answer = "".join(lines[:first]).strip(), "".join(lines[first:last]).strip()
+    torn = (head and not ENDED.search(head)) or (last < len(lines) and not ENDED.search(answer))
+    chat = kept and (CHAT.search(lines[first]) or CHAT.search(lines[last - 1]))
+    return "" if torn or chat or about_source(answer) else answer
 
 
 # ---------------------------------------------------------------------------------- 3. injection
@@ -807,37 +807,44 @@ def any_of(phrases):
 
 
 CONTROL = re.compile(r"</?think|<[|｜]|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
-FORMULA = re.compile(r"[\d=\\$`]")
-TORN = re.compile(r"^[a-z]|[\w,]$")  # begins or ends within a sentence
+CONTENT = re.compile(r"[^a-zA-Z\s.,:;!?'’\"“”()*_#-]|\b[B-HJ-Z]\b")  # no digit, sign or letter
+ENDED = re.compile(r"[.!?:)}\]$*_`|\"”-]$")  # a sentence, heading, formula or line of a table
 
 CHAT_STARTS = any_of(
-    "sure, certainly, absolutely, of course, okay, ok, understood, got it, here is, here are, "
-    "here's, here’s, below is"
+    "sure, certainly, absolutely, definitely, of course, yes, okay, ok, alright, no problem, "
+    "understood, got it, hello, thank you, thanks, you're welcome, good luck, here is, here are, "
+    "here's, here’s, here you go, below is, below are, let me explain, let me walk"
 )
 CHAT_PHRASES = any_of(
-    "hope this, hope that helps, hope that answers, hope it helps, let me know, feel free to, "
-    "would you like, anything else I can, if you have any, if you need more, if you need further"
+    "great question, happy to, hope this, hope that helps, hope that answers, hope it helps, "
+    "hope you, let me know, feel free to, would you like, anything else I can, if you have any, "
+    "any questions, if you need more, if you need further, make sense?"
 )
-CHAT = re.compile(rf"(?i)^[\W_]*(?:{CHAT_STARTS})\b|\b(?:{CHAT_PHRASES})\b")
+CHAT = re.compile(rf"(?i)^[\W_]*(?:{CHAT_STARTS})\b|\b(?:{CHAT_PHRASES})")
 
 SOURCE_WORDS = any_of(
-    "notes, the note, hint, reference, expert, rephras, re-phras, reword, re-word, paraphras, "
-    "rewritten solution, rewritten answer, rewritten version, own words, your, answer key, "
-    "expected answer, provided answer, original answer, given answer is, answer provided, "
-    "answer is given, the source, the text, the passage, as requested, as instructed, as asked, "
-    "you provided, you gave, you mentioned, you noted, you shared, you stated, you wrote, "
-    "you explained, you said, you told, you showed, you described, you suggested, you have "
-    "provided, you've"
+    "notes, the note, hint, hints, reference, references, own words, my words, different words, "
+    "simpler words, simpler terms, your, answer key, answer above, answer provided, answer is given, "
+    "expected answer, given answer is, original answer, rewritten answer, rewritten version, "
+    "information provided, steps provided, steps above, given steps, provided information, "
+    "provided calculation, provided text, provided answer, rewrite this, the source, "
+    "the text, the passage, the prompt, the user, as requested, as instructed, as asked, you've"
+)
+SOURCE_STEMS = any_of("rephras, re-phras, reword, re-word, paraphras, expert")
+YOU_DID = any_of(
+    "provided, gave, given, mentioned, noted, shared, stated, wrote, explained, said, told, "
+    "showed, described, suggested, listed, outlined, used"
 )
 # "Solution" alone is a word of mathematics. The words around it show that a text is meant.
 BEFORE = any_of(
-    "given, provided, above, original, sample, model, this, to the, on the, as the, in the, "
-    "from the, per the, by the, with the, follow the, following the, follows the, match the, "
-    "matches the, using the, like the"
+    "given, provided, above, original, sample, model, official, suggested, rewritten, this, to the, "
+    "on the, as the, in the, from the, per the, by the, with the, follow the, following the, "
+    "follows the, match the, matches the, using the, verify the, through the, like the"
 )
 SOURCE = re.compile(
-    rf"(?i)\b(?:({SOURCE_WORDS})|(?:{BEFORE}) (?:[\w-]+,? ){{0,2}}(solution|explanation)\b"
-    r"|the (solution|explanation) (?!is|are|to|of|set|for|in|has)[a-z])"
+    rf"(?i)\b(?:({SOURCE_WORDS}|you (?:\w+ )?(?:{YOU_DID}))\b|({SOURCE_STEMS})"
+    rf"|(?:{BEFORE}) (?:[\w-]+,? ){{0,2}}(solution|explanation)s?\b"
+    r"|the (solution|explanation)s? (?!(?:is|are|to|of|set|for|in|has)\b)[a-z])"
 )
 
 
@@ -847,10 +854,11 @@ SOURCE = re.compile(
 
 REWRITES = (  # (pattern, replacement), in this order: typography, signs and the form of a choice
     ("[−–]", "-"),
-    (r"(?<=[0-9])(?:\{,\}|\\[,!])(?=[0-9]{3})", "'"),  # 1{,}000 is 1'000, and (1{,}000) no pair
+    # 1{,}000 is 1,000, with a separator of its own, because (1{,}000) is no pair.
+    (r"(?<=[0-9])(?:\{,\}|\\,|,?\\!)(?=[0-9]{3})", "\u066c"),
     (r"\\(?:left|right)(?![a-zA-Z])\.?|\\(?:displaystyle|q?quad)(?![a-zA-Z])", " "),
     (r"(?<!\\)\\[,;:!$ ]|[$\s]", " "),  # blanks, and signs of money
-    (r"(?<=[0-9]) ?(?:\\?%|°|\^ ?(?:\\circ|\{\\circ\}))", " "),  # 5%, 90°
+    (r"(?<=[0-9]) ?(?:\\?%|°|\^ ?(?:\\circ|\{\\circ\}))(?! ?\w)", " "),  # 5%, 90°
     (r"(?<![\^_a-z])\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
     (r"(?<!\\)\\([#_&])", r"\1"),  # C\# is C#
     (r"\\[dt]frac", r"\\frac"),
@@ -858,14 +866,14 @@ REWRITES = (  # (pattern, replacement), in this order: typography, signs and the
     (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),  # \frac{3}4 is \frac{3}{4}
     (r"([_^])\{(\w)\}", r"\1\2"),  # x^{2} is x^2, but x^{12} is not x^12
     (r" +", " "),
-    (r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.-]) ?", r"\1"),  # blanks around signs
     (r" - |(?<![\w)}])- ", "-"),  # x - 1 and - 5, but not the two numbers of 5 -3
+    (r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.-]) ?", r"\1"),  # blanks around signs
     (r"\.$|^.*=$", ""),  # the last full stop; an equation without its right side
     (r"^\(?([A-J])\)?$", r"\1"),  # (B) is B
     (r"^(-?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3"),
 )
 # 12, 1,200, 1.5, .5 or 3/4, but not 1,20.
-NUMBER = r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:[,'][0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER = r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:[,\u066c][0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER += r"|[0-9]+/0*[1-9][0-9]*)"
 
 
@@ -885,7 +893,7 @@ def normalise(answer):
     for pattern, replacement in REWRITES:
         answer = re.sub(pattern, replacement, answer).strip()
     if len(answer) < 1000 and re.fullmatch(NUMBER, answer):  # int() refuses very long numbers
-        return Fraction(re.sub("[,']", "", answer))
+        return Fraction(re.sub("[,\u066c]", "", answer))
     return re.sub(" ?, ?", ",", answer)
 
 

@@ -519,7 +519,8 @@ def test_sampler_and_trainer_may_differ_by_what_rounding_in_bf16_explains():
 
 
 def test_a_card_that_only_emulates_bf16_computes_in_fp32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: not options)
+    strict = dict(including_emulation=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: asked != strict)
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
     assert not repo.autocast()
 
@@ -786,7 +787,7 @@ def test_the_experts_text_is_rewarded_only_where_it_is_the_guide(scripted):
     scripted()
     has_box = Mock(side_effect=lambda text, answer: float("box" in text))
     step(has_box)
-    assert PROBLEMS[0]["knowledge"] not in [call.args[0] for call in has_box.mock_calls]
+    assert PROBLEMS[0]["knowledge"] not in [call.args[0] for call in has_box.call_args_list]
     _, groups, _ = step(has_box, guidance="verbatim")
     assert [group[0].text for group in groups] == [p["knowledge"] for p in PROBLEMS[:3]]
 
@@ -866,7 +867,10 @@ AABB ✗ AaBb ‖ Co ✗ CO ‖ Na^+ ✓ \text{Na}^+ ‖ \text{Na}^+ ✗ \mathrm
 \begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{Bmatrix}1\\2\end{Bmatrix} ‖ 1, 2 ✓ 1,\quad 2
 \begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{bmatrix}1&2\end{bmatrix}
 \begin{pmatrix}10\end{pmatrix} ✗ \begin{bmatrix}1&0\end{bmatrix}
-(\frac{3}{4},1,000) ✓ \left(\dfrac34, 1{,}000\right)
+(3, 100) ✗ (3{,}100) | (3\,100) ‖ x=1, 234 ✗ x=1{,}234 ‖ p ✗ ~p ‖ 5-3 ✗ 5 -3 ‖ 5 3 ✗ 5 % 3
+x^12 ✗ x^\text{12} ‖ A ✗ A^\circ ‖ 30 C ✗ 30^\circ C ‖ 1000 ✓ 1,\!000 ‖ 3-\sqrt{2} ✓ 3 - \sqrt{2}
+2-(x+1) ✓ 2 - (x+1) ‖ 1-\pi ✓ 1 - \pi ‖ 2^{n+1}-1 ✓ 2^{n+1} - 1 ‖ 5' ✗ 5 ‖ 5'000 ✗ 5000
+(\frac{3}{4},100) ✓ \left(\dfrac34, 100\right)
 """)
 
 
@@ -922,7 +926,7 @@ There is a unique solution, x = 3. The solution set is {3}.
 ## Solution⏎⏎- Add 3.⏎- Add 4.⏎⏎**Answer:** \boxed{7}
 |n|f|⏎|---|---|⏎|1|3|⏎⏎\boxed{3} ‖ So we get⏎\[⏎\boxed{72}⏎\] ‖ ```python⏎def f(x):⏎    return x⏎```
 The given equation has a solution. Surely 3 < x and y|z > 1: a <s b> c.
-We rewrite the equation as 3x. It can be rewritten as 3y. In other words, find n.
+We rewrite the equation as 3x. It can be rewritten as 3y. In other words, find n. Hinton said 3.
 I hope to reach 60 km/h. If you have 3 questions and guess, 1/8. If you need 3, you have 5.
 The correct answer is (B). The given answer choices are 3 and 4.
 The answer given by 2+3 is 5. So \boxed{5}. ‖ Note: x must be positive. Then x = 2.
@@ -935,14 +939,14 @@ def test_cleaning_keeps_a_direct_answer_as_it_is(text):
 
 @table(r"""
 text
-Sure! {} ‖ Of course! Understood. {} ‖ **Certainly!**⏎{} ‖ In my own words:⏎{}
+Sure!⏎{} ‖ Of course! Understood.⏎⏎{} ‖ **Certainly!**⏎{} ‖ In my own words:⏎{}
 Sure, here is the rephrased solution:⏎⏎{} ‖ Here is my rewritten version of the answer:⏎{}
-**Rephrased solution:**⏎⏎⏎{} ‖ As the reference solution shows, we add. {}
-According to the notes, we add. Here is the solution. {} ‖ The expert's answer is right.⏎{}
-{} I hope this helps! ‖ {} Hope that answers it. Let me know if you have any questions.
-{} From your explanation, as you noted, it is so.
+**Rephrased solution:**⏎⏎⏎{} ‖ As the reference solution shows, we add.⏎{} ‖ ---⏎Sure!⏎---⏎{}
+According to the notes, we add.⏎Here is the solution.⏎⏎{} ‖ The expert's answer is right.⏎{}
+{}⏎⏎I hope this helps! ‖ {}⏎Hope that answers it.⏎⏎Let me know if you have any questions.
+{}⏎From your explanation, as you noted, it is so. ‖ {}⏎⏎(I hope this helps!)⏎⏎**Thank you!**
 {}⏎⏎Note: I rephrased the solution in my own words.
-{} This matches the reference solution. Is there anything else I can do?
+{}⏎This matches the reference solution. Is there anything else I can do?
 """)
 def test_cleaning_cuts_what_is_no_answer_from_the_ends(text):
     assert repo.clean_rephrase(text.replace("{}", BODY)) == BODY
@@ -975,7 +979,9 @@ Following the explanation, we add 4. ‖ The explanation says that 4 is added.
 In your solution 4 is added. ‖ You provided 4 as the next term. ‖ As you've explained, we add 4.
 As you mentioned, we add 4. ‖ I reworded the second step: add 4. ‖ The rewritten solution adds 4.
 Now I rephrase the next step, 4. ‖ To paraphrase step 2, we add 4. ‖ In my own words, 4 is added.
-As requested, here comes step 4.
+As requested, here comes step 4. ‖ You just explained that 4 is added. ‖ The _notes_ say 4.
+According to the provided step-by-step solution, 4. ‖ The solution indicates 4. ‖ I re-phrased it: 4.
+Based on the information provided in the steps above, 4. ‖ The given answer is 4.
 """)
 @cases("text", ["{} We add 3.5 and 4. So \\boxed{7.5}.", "We add. {} So 7.", "We add 3.5. {}"])
 def test_no_leak_passes_wherever_it_stands(leak, text):
@@ -988,8 +994,12 @@ text
 <think>⏎The reference says 7.⏎</think>⏎{} ‖ so 7</think>{} ‖ <think>on and on
 {}<|im_end|>⏎<|im_start|>user⏎And 2+2? ‖ {}</s> ‖ <start_of_turn>model⏎{}<end_of_turn>
 {}<｜end▁of▁sentence｜> ‖ Sure, here it is: {} ‖ Sure, x = 7. {} ‖ {} I hope this helps with step 2.
+Sure! {} ‖ According to the notes, we add. {} ‖ {} This matches the reference solution.
+According to the notes,⏎we add 3.⏎{} ‖ The notes say that the total is⏎12.⏎{} ‖ {}⏎It is 36 (⏎see the notes).
+{}⏎So it is 7.5, which matches⏎the reference. ‖ |notes|n|⏎|---|---|⏎|C|3|⏎{}
+The notes say that the choice is B.⏎{} ‖ The notes give a > b.⏎{} ‖ Of course x ≥ y.⏎{}
 """)
-def test_thoughts_control_tokens_and_chat_with_a_figure_are_refused(text):
+def test_thoughts_control_tokens_and_what_a_cut_would_tear_are_refused(text):
     assert repo.clean_rephrase(text.replace("{}", BODY)) == ""
 
 
