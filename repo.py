@@ -29,8 +29,8 @@ WHAT IS LEFT OF PPO, with the default ρ = 1, β = 0 and one update a batch, for
   - Such a group is supervised learning of a verified text, plus a push away from the failures.
 
 WHAT WE CHOSE, beside what is marked:
-  - o_rep is written only where the gate opens. The reported way, one for every question, costs more
-    and changes nothing.
+  - o_rep is written only where the gate opens. Readers report one for every question, and then a
+    group of G + 1 that loses its worst. That trains the same texts and costs more.
   - A draft that was cut off, or that still speaks of k after cleaning, is never injected.
   - std is the unbiased one, plus 1e-6. The update's own first pass gives the ratio's denominator.
 
@@ -40,7 +40,7 @@ WHAT IS NOT LITERALLY TRUE:
   - "o_rep ~ π_old(·|P(q,k))". By default the draft is greedy, and cleaning may shorten it.
   - "Verified". The reward checks the answer, which k shows. The steps may still be wrong.
 
-KIN, one change each:
+KIN, in a line each:
   GRPO               no injection (--guidance none)
   STaR, 2203.14465   supervised learning of the policy's own verified texts, without failures
   LUFFY, 2504.14945  the expert's own text in the group, with a shaped ratio
@@ -127,7 +127,7 @@ class Config:
     seed: int = 0  # of the sampling and of the batches [ours, ours]
 
     def __post_init__(self):
-        """Raises: RepoError for a value with which nothing can be learnt."""
+        """Raises: RepoError for a value out of range."""
         limits = {
             "group_size": self.group_size >= 2,  # or there is nothing to compare
             "batch_size": self.batch_size >= 1,
@@ -195,10 +195,10 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     # 3. Injection. It changes `groups` too, because `stuck` holds the same lists.
     for group, guide in zip(stuck, guides):
         replace_worst(group, guide)
-    injected = [guide for guide in guides if guide.replaced]
 
     # 4. Update under the plain q. The experts' texts are measured before the weights move.
     assign_advantages(groups)
+    injected = [guide for guide in guides if guide.replaced and guide.advantage != 0]
     expert_logps = measure_experts(model, tokenizer, injected, cfg)
     metrics = update(model, optimizer, groups, cfg, reference)
     return metrics | step_metrics(groups, guides, injected, expert_logps, cfg), groups, guides
@@ -231,7 +231,7 @@ def rollout(model, tokenizer, problems, num_samples, temperature, cfg, reward_fn
 
 
 def assign_rewards(completions, reward_fn):
-    """Sets R(o) = `reward_fn(text, answer)`, of truncated texts too.
+    """Sets R(o) = `reward_fn(text, answer)`, of truncated texts too (ours).
 
     Raises: RepoError with question and text if a reward is not a finite number.
     """
@@ -468,8 +468,7 @@ def group_advantages(rewards):
     """A_i = (R_i - mean R) / (std R + 1e-6) for the rewards of one group, a list of floats.
 
     The unbiased std and the 1e-6 are ours. `statistics.mean` is exact, so equal rewards give
-    exactly 0. With a rounding error the group would count as a signal, and AdamW would go on by its
-    momentum.
+    exactly 0. A rounding error would count as a signal, and `update` would not skip the group.
     """
     average = statistics.mean(rewards)
     deviation = statistics.stdev(rewards)
@@ -481,7 +480,7 @@ def update(model, optimizer, groups, cfg, reference=None):
 
     Without any advantage and without a KL term nothing changes (ours).
     Raises: RepoError if kl_beta lacks a reference, or if sampler and trainer disagree; RuntimeError
-    if the gradient is not finite. None of these gradients moves a weight.
+    if the gradient is not finite. The weights have not moved then.
     """
     require(
         reference is not None or not cfg.kl_beta,
@@ -524,7 +523,7 @@ def update(model, optimizer, groups, cfg, reference=None):
         )
         norms.append(norm.item())
         optimizer.step()
-        torch.clear_autocast_cache()  # or an autocast around this call keeps the old weights
+        torch.clear_autocast_cache()  # where a caller has its own autocast, it holds old weights
     optimizer.zero_grad()  # frees the gradients' memory for the next sampling
     return {
         "kl": mean(kls),
@@ -562,7 +561,8 @@ def policy_loss(logps, old_logps, advantage, clip_epsilon):
     Log-probabilities are [|o|], in nats. Returns (the loss, a scalar; where the clip acts, [|o|]).
     A clipped token has no gradient.
     """
-    # The bound keeps exp finite. The gradient of a clipped token would be 0 times infinity, NaN.
+    # The bound keeps exp finite: 0 times infinity, of a clipped token, would be NaN. Beyond e^60 no
+    # token has a gradient.
     ratio = (logps - old_logps).clamp(max=60.0).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantage
@@ -572,8 +572,8 @@ def policy_loss(logps, old_logps, advantage, clip_epsilon):
 def kl_loss(logps, reference_logps):
     """1/|o| Σ_t (s_t - log s_t - 1), s_t = π_ref / π_θ: the k3 estimate of KL(π_θ ‖ π_ref).
 
-    Its value estimates that KL on tokens drawn from π_θ. Its gradient is that of KL(π_ref ‖ π_θ).
-    It is taken on all trained texts, o_rep too. Log-probabilities are [|o|], in nats.
+    On tokens drawn from π_θ its mean is that KL, and the mean of its gradient is the gradient of
+    KL(π_ref ‖ π_θ). It is taken on o_rep too, which was not drawn so. Log-probabilities are [|o|].
     """
     log_ratio = (reference_logps - logps).clamp(max=60.0)  # as in `policy_loss`
     return (torch.expm1(log_ratio) - log_ratio).mean()
@@ -582,7 +582,7 @@ def kl_loss(logps, reference_logps):
 def micro_batches(completions, max_tokens):
     """The completions in batches of at most `max_tokens` tokens with padding, or of one row.
 
-    All batches have as many rows as the first. The longest texts come first, so that a lack of
+    All but the last have the same number of rows. The longest texts come first, so that a lack of
     memory shows at once.
     """
     completions = sorted(completions, key=lambda o: -len(o.ids))
@@ -593,8 +593,8 @@ def micro_batches(completions, max_tokens):
 def check_sampler(completions):
     """max |log π of the sampler - log π of the trainer| over the rollouts' tokens, in nats.
 
-    Raises: RepoError if the mean is above 0.1 nats a token (ours). Rounding in bf16 stays below. A
-    sampler that ignores padding, or draws at 0.3 T, does not.
+    Raises: RepoError if their mean distance is above 0.1 (ours). Rounding in bf16 stays below that.
+    A model that ignores padding or a sampler at another T comes out above it.
     """
     differences = [
         abs(sampler - trainer)
@@ -615,7 +615,8 @@ def checkpoint_layers(model):
 
     In eval mode `activation_checkpointing_enable` alone does nothing: each layer looks at its own
     `training` flag. So this sets the flag of the layers. The modules inside them stay in eval mode,
-    without dropout. `model.eval()` ends it.
+    without dropout. A layer that drops out by its own flag (OPT's does) fails in `check_sampler`.
+    `model.eval()` ends it.
     """
     model.activation_checkpointing_enable()
     for layer in model.modules():
@@ -714,7 +715,8 @@ PROMPT_OPTIONS = dict(
 def encode_prompt(tokenizer, text):
     """Token ids of the user's turn `text`, up to where the answer begins.
 
-    Control tokens that the text spells out stay text, as far as the library can.
+    Control tokens that the text spells out stay text. The library does not manage all of them, so
+    `fitting` leaves out problems that spell one.
     """
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": text}]
@@ -747,8 +749,8 @@ def encode_answer(tokenizer, text, first):
 def end_tokens(model, tokenizer):
     """The ids that end an answer; the first one closes an expert's text.
 
-    That is the control token that the chat template writes after an answer. It need not be the EOS:
-    Gemma's template writes <end_of_turn>, Phi's <|end|>.
+    That is the first control token that the chat template writes after an answer. It need not be
+    the EOS: Gemma's template writes <end_of_turn>, Phi's <|end|>.
     Raises: RepoError if there is none, or if `after_answer` refuses the template.
     """
     ends = []
@@ -824,11 +826,12 @@ CHAT = re.compile(rf"(?i)^[\W_]*(?:{CHAT_STARTS})\b|\b(?:{CHAT_PHRASES})")
 
 SOURCE_WORDS = any_of(
     "notes, the note, hint, hints, reference, references, own words, my words, different words, "
-    "simpler words, simpler terms, your, answer key, answer above, answer provided, answer is given, "
-    "expected answer, given answer is, original answer, rewritten answer, rewritten version, "
-    "information provided, steps provided, steps above, given steps, provided information, "
-    "provided calculation, provided text, provided answer, rewrite this, the source, "
-    "the text, the passage, the prompt, the user, as requested, as instructed, as asked, you've"
+    "simpler words, simpler terms, your, answer key, answer above, answer provided, "
+    "answer is given, expected answer, given answer is, original answer, rewritten answer, "
+    "rewritten version, information provided, steps provided, steps above, given steps, "
+    "provided information, provided calculation, provided text, provided answer, rewrite this, "
+    "the source, the text, the passage, the prompt, the user, as requested, as instructed, "
+    "as asked, you've"
 )
 SOURCE_STEMS = any_of("rephras, re-phras, reword, re-word, paraphras, expert")
 YOU_DID = any_of(
@@ -837,14 +840,16 @@ YOU_DID = any_of(
 )
 # "Solution" alone is a word of mathematics. The words around it show that a text is meant.
 BEFORE = any_of(
-    "given, provided, above, original, sample, model, official, suggested, rewritten, this, to the, "
-    "on the, as the, in the, from the, per the, by the, with the, follow the, following the, "
-    "follows the, match the, matches the, using the, verify the, through the, like the"
+    "given, provided, above, original, sample, model, official, suggested, rewritten, this, "
+    "to the, on the, as the, in the, from the, per the, by the, with the, follow the, "
+    "following the, follows the, match the, matches the, using the, verify the, through the, "
+    "like the"
 )
 SOURCE = re.compile(
     rf"(?i)\b(?:({SOURCE_WORDS}|you (?:\w+ )?(?:{YOU_DID}))\b|({SOURCE_STEMS})"
     rf"|(?:{BEFORE}) (?:[\w-]+,? ){{0,2}}(solution|explanation)s?\b"
-    r"|the (solution|explanation)s? (?!(?:is|are|to|of|set|for|in|has)\b)[a-z])"
+    r"|the (solution|explanation)s?"
+    r" (?!(?:is|are|to|of|set|for|in|has)\b)[a-z])"
 )
 
 

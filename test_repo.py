@@ -384,10 +384,10 @@ def test_an_injected_text_begins_with_the_token_of_a_rollout(make, blank, monkey
     """With a blank or not, cut or not, rephrase or expert, whatever a text alone begins with."""
     tokenizer = make(ASSISTANT + "{% if add_generation_prompt %}assistant:{% endif %}")
     vocabulary, end = tokenizer.get_vocab(), [tokenizer.eos_token_id]
-    mark = "▁" if "▁" in vocabulary else "Ġ"
+    marks = str.maketrans({" ": "▁"} if "▁" in vocabulary else {" ": "Ġ", "\n": "Ċ"})
 
     def ids(text):
-        return [vocabulary[letter] for letter in (blank + text).replace(" ", mark)]
+        return [vocabulary[letter] for letter in (blank + text).translate(marks)]
 
     def write(draft, knowledge):
         drawn = [[(ids("is it") + end, [0.0])] * 2, [(ids(draft) + end, [0.0])]]
@@ -401,12 +401,11 @@ def test_an_injected_text_begins_with_the_token_of_a_rollout(make, blank, monkey
         return o_rep.tokens, expert.tokens
 
     assert write("It is so.", "It is a.") == (ids("It is so.") + end, ids("It is a.") + end)
-    assert write("Sure! It is so.", "So.")[0] == ids("It is so.") + end
+    assert write("Sure!\nIt is so.", "So.")[0] == ids("It is so.") + end
 
 
 def test_an_answer_ends_as_the_chat_template_ends_it():
-    tokenizer = byte_tokenizer(eos="<|eos|>")  # as Gemma and Phi have two ends
-    model = tiny_model()
+    model, tokenizer = tiny_model(), byte_tokenizer(eos="<|eos|>")  # two ends, as Gemma and Phi
     model.generation_config.eos_token_id = [7]
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eos|>"]) + [7]
     assert repo.end_tokens(model, tokenizer) == ends
@@ -437,8 +436,7 @@ def test_templates_are_filled_in_whatever_braces_the_texts_hold():
 
 def test_samples_follow_exactly_the_softmax():
     """Chi-square over two-token completions; the generation_config would cut and penalise."""
-    count = 12_000
-    model = tiny_model(vocab=6)
+    model, count = tiny_model(vocab=6), 12_000
     model.generation_config.update(top_k=2, top_p=0.5, repetition_penalty=3.0, do_sample=True)
     prompts = [[1], [2, 3, 4, 5, 1, 2, 3]]
     torch.manual_seed(1)
@@ -533,8 +531,7 @@ def test_advantages_against_numpy_and_exactly_zero_for_equal_rewards():
     rewards *= [[1.0], [1e-4], [1e-6], [100.0]]  # where the 1e-6 shows
     deviation = rewards.std(1, ddof=1, keepdims=True) + 1e-6
     expected = (rewards - rewards.mean(1, keepdims=True)) / deviation
-    seen = [repo.group_advantages(group) for group in rewards.tolist()]
-    np.testing.assert_allclose(seen, expected)
+    np.testing.assert_allclose([*map(repo.group_advantages, rewards.tolist())], expected)
     for size in range(2, 40):
         for reward in (0.0, 0.1, 1 / 3, 1e9):  # a mean in floats would round
             assert not any(repo.group_advantages([reward] * size))
@@ -549,8 +546,7 @@ def test_what_an_injection_is_worth_as_the_head_derives_it(size):
 
 
 def test_token_logps_against_numpy_one_sequence_at_a_time():
-    model, completions = tiny_model(), sum(random_groups(), [])
-    expected = []
+    model, completions, expected = tiny_model(), sum(random_groups(), []), []
     for o in completions:
         ids = torch.tensor([o.ids], device=DEVICE)
         logits = model(ids).logits[0].detach().double().cpu().numpy() / 0.7
@@ -577,8 +573,7 @@ def test_loss_and_gradient_against_numpy_on_both_sides_of_the_clip(advantage):
 @cases("far", [-100.0, 100.0])
 @cases("advantage", [1, -1])
 def test_kl_is_the_k3_estimator_and_no_log_ratio_makes_a_gradient_infinite(far, advantage):
-    d = torch.tensor([1.0, 30.0, far], requires_grad=True)
-    zeros = torch.zeros(3)
+    d, zeros = torch.tensor([1.0, 30.0, far], requires_grad=True), torch.zeros(3)
     loss, _ = repo.policy_loss(d, zeros, advantage, 0.2)
     (loss + repo.kl_loss(-d, zeros)).backward()  # 0 x inf would be NaN
     assert 3 * d.grad[2] == -(far < 0)  # none beyond the bound
@@ -724,8 +719,7 @@ def test_repo_trains_the_cleaned_rephrase_under_the_plain_question_where_all_fai
     metrics, groups, guides = step(model=model, temperature=0.8)
     assert calls == [(3, 0.8), (2, 0.0)]  # the first question is solved
     assert metrics["injections"] == 2 and metrics["rephrase/success"] == 1
-    assert metrics["reward"] == 1 / 3  # of the policy's own, as is this:
-    assert metrics["kl"] is None
+    assert metrics["reward"] == 1 / 3 and metrics["kl"] is None  # of the policy's own texts
     for problem, group, guide in zip(PROBLEMS[1:], groups[1:], guides):
         assert group[0] is guide and [o.reward for o in group] == [1, 0, 0, 0]
         question = repo.fill(CFG.question_prompt, problem)
@@ -865,12 +859,11 @@ AABB ✗ AaBb ‖ Co ✗ CO ‖ Na^+ ✓ \text{Na}^+ ‖ \text{Na}^+ ✗ \mathrm
 (1, 2) ✓ (1,2) | \left( 1, 2 \right) ✗ (2, 1) | (1 2) ‖ [1\\ 2] ✓ [1\\2] ✗ [1 2]
 \begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{vmatrix}1\\2\end{vmatrix} ‖ snake_case ✓ snake\_case
 \begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{Bmatrix}1\\2\end{Bmatrix} ‖ 1, 2 ✓ 1,\quad 2
-\begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{bmatrix}1&2\end{bmatrix}
-\begin{pmatrix}10\end{pmatrix} ✗ \begin{bmatrix}1&0\end{bmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} ✗ \begin{bmatrix}1&2\end{bmatrix} ‖ 1-\pi ✓ 1 - \pi ‖ 5' ✗ 5
+\begin{pmatrix}10\end{pmatrix} ✗ \begin{bmatrix}1&0\end{bmatrix} ‖ 5'000 ✗ 5000
 (3, 100) ✗ (3{,}100) | (3\,100) ‖ x=1, 234 ✗ x=1{,}234 ‖ p ✗ ~p ‖ 5-3 ✗ 5 -3 ‖ 5 3 ✗ 5 % 3
 x^12 ✗ x^\text{12} ‖ A ✗ A^\circ ‖ 30 C ✗ 30^\circ C ‖ 1000 ✓ 1,\!000 ‖ 3-\sqrt{2} ✓ 3 - \sqrt{2}
-2-(x+1) ✓ 2 - (x+1) ‖ 1-\pi ✓ 1 - \pi ‖ 2^{n+1}-1 ✓ 2^{n+1} - 1 ‖ 5' ✗ 5 ‖ 5'000 ✗ 5000
-(\frac{3}{4},100) ✓ \left(\dfrac34, 100\right)
+2-(x+1) ✓ 2 - (x+1) ‖ 2^{n+1}-1 ✓ 2^{n+1} - 1 ‖ (\frac{3}{4},100) ✓ \left(\dfrac34, 100\right)
 """)
 
 
@@ -974,13 +967,13 @@ This matches the reference: 7. ‖ As stated in the reference, we add 4.
 Based on the solution, 4 follows. ‖ Based on the given solution, we add 4.
 According to the provided solution, 4 follows. ‖ The given solution says 7.
 Like the solution above, we add 4. ‖ The solution you gave adds 4. ‖ The solution above gives 4.
-The solution provided shows 4. ‖ As in the sample solution, 4 is added.
+The solution provided shows 4. ‖ As in the sample solution, 4 is added. ‖ The solution indicates 4.
 Following the explanation, we add 4. ‖ The explanation says that 4 is added.
 In your solution 4 is added. ‖ You provided 4 as the next term. ‖ As you've explained, we add 4.
 As you mentioned, we add 4. ‖ I reworded the second step: add 4. ‖ The rewritten solution adds 4.
 Now I rephrase the next step, 4. ‖ To paraphrase step 2, we add 4. ‖ In my own words, 4 is added.
 As requested, here comes step 4. ‖ You just explained that 4 is added. ‖ The _notes_ say 4.
-According to the provided step-by-step solution, 4. ‖ The solution indicates 4. ‖ I re-phrased it: 4.
+According to the provided step-by-step solution, 4. ‖ I re-phrased it: 4.
 Based on the information provided in the steps above, 4. ‖ The given answer is 4.
 """)
 @cases("text", ["{} We add 3.5 and 4. So \\boxed{7.5}.", "We add. {} So 7.", "We add 3.5. {}"])
@@ -995,9 +988,9 @@ text
 {}<|im_end|>⏎<|im_start|>user⏎And 2+2? ‖ {}</s> ‖ <start_of_turn>model⏎{}<end_of_turn>
 {}<｜end▁of▁sentence｜> ‖ Sure, here it is: {} ‖ Sure, x = 7. {} ‖ {} I hope this helps with step 2.
 Sure! {} ‖ According to the notes, we add. {} ‖ {} This matches the reference solution.
-According to the notes,⏎we add 3.⏎{} ‖ The notes say that the total is⏎12.⏎{} ‖ {}⏎It is 36 (⏎see the notes).
+According to the notes,⏎we add 3.⏎{} ‖ The notes say that the total is⏎12.⏎{} ‖ Of course x ≥ y.⏎{}
 {}⏎So it is 7.5, which matches⏎the reference. ‖ |notes|n|⏎|---|---|⏎|C|3|⏎{}
-The notes say that the choice is B.⏎{} ‖ The notes give a > b.⏎{} ‖ Of course x ≥ y.⏎{}
+The notes say that the choice is B.⏎{} ‖ The notes give a > b.⏎{} ‖ {}⏎It is 36 (⏎see the notes).
 """)
 def test_thoughts_control_tokens_and_what_a_cut_would_tear_are_refused(text):
     assert repo.clean_rephrase(text.replace("{}", BODY)) == ""
@@ -1276,7 +1269,7 @@ def test_killed_at_twenty_moments_a_run_still_ends_as_an_unbroken_one(files):
 change | message
 --question-column=problem | problem.*'question', 'answer' ‖ --eval-split=test | no readable
 --knowledge-column=question --answer-column=question | 0 of \\d+ records
---guidance=verbatim --knowledge-column=question | reward does not take ‖ --steps=0 | --steps is 0
+--guidance=verbatim --knowledge-column=question | takes no expert's text ‖ --steps=0 | --steps is 0
 --dataset=checkpoint.pt | must be a .json ‖ --dataset=. | must be a .json
 --out=checkpoint.pt | --out ‖ --out=checkpoint.pt/below | --out ‖ --device=cuda:77 | --device
 --out=. --resume | checkpoint.pt cannot be read: .*; choose another --out
@@ -1379,8 +1372,7 @@ def test_what_star_no_push_and_the_true_ratio_change(scripted):
     repo.assign_advantages(made[3])
     run_tiny.star(*made)
     logp = sum(token_logps(model, [o], 1.0).mean() for o in [*solved, guide]) / 5
-    expected = gradient_of(model, -logp)
-    assert_close(gradient(model, made[3], repo.update), expected)
+    assert_close(gradient_of(model, -logp), gradient(model, made[3], repo.update))
     run_tiny.true_ratio(*made)
     hinted = encode_prompt(tokenizer, repo.fill(CFG.rephrase_prompt, PROBLEMS[1]))
     assert_close(guide.old_logps, token_logps(model, [replace(guide, prompt=hinted)], 1.0))
