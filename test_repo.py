@@ -356,7 +356,7 @@ def test_a_template_under_which_a_rephrase_would_stand_elsewhere_is_refused(faul
 
 
 def test_a_model_that_can_answer_without_thoughts_is_asked_to():
-    close = "{% if not enable_thinking %}{{ '\n</think>\n' }}{% endif %}{% endif %}"
+    close = "{% if enable_thinking is false %}{{ '\n</think>\n' }}{% endif %}{% endif %}"
     tokenizer = byte_tokenizer(THINK.removesuffix("{% endif %}") + close)
     assert tokenizer.decode(encode_prompt(tokenizer, "hi")).endswith("<think>\n\n</think>\n")
     step(tokenizer=tokenizer)
