@@ -958,6 +958,9 @@ def test_a_word_of_the_question_is_no_talk_of_the_source(text, question):
     assert repo.clean_rephrase(text) == ""
 
 
+FORMS = "{} We add 3.5. So 7.|We add. {} So 7.|We add 3.5. {}|We add 3.⏎{}⏎So 7.|{}⏎So 7."
+
+
 @table(r"""
 leak
 According to the hint, it is 7. ‖ According to the notes, she sold 24. ‖ The notes add 4.
@@ -976,7 +979,7 @@ As requested, here comes step 4. ‖ You just explained that 4 is added. ‖ The
 According to the provided step-by-step solution, 4. ‖ I re-phrased it: 4.
 Based on the information provided in the steps above, 4. ‖ The given answer is 4.
 """)
-@cases("text", ["{} We add 3.5 and 4. So \\boxed{7.5}.", "We add. {} So 7.", "We add 3.5. {}"])
+@cases("text", FORMS.replace("⏎", "\n").split("|"))
 def test_no_leak_passes_wherever_it_stands(leak, text):
     clean = repo.clean_rephrase(text.replace("{}", leak))
     assert clean in ("", text.replace("{}", "").strip())
