@@ -59,7 +59,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NAMES = """Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Lima Mike November
 Oscar Papa Quebec Romeo Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu""".split()
 SPELL = dict(zip(LETTERS, NAMES))
-TEMPLATE = "{% for m in messages %}{{ m.content }}{{ '=' if m.role == 'user' }}{% endfor %}"
+TEMPLATE = "{% for m in messages %}{{ m.content }}{{ '=' if m.role == 'user' else '<eos>' }}"
+TEMPLATE += "{% endfor %}"
 CODEBOOKS = dict(batch_size=32, group_size=4, max_new_tokens=20, rephrase_temperature=1.0)
 CODEBOOKS |= dict(question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
 

@@ -1181,11 +1181,11 @@ def test_a_run_on_a_saved_checkpoint_and_gsm8k_shaped_data(files, capsys):
 
 
 def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
-    scripted(rollout="\\boxed{2}", rephrase="Sure! So it is \\boxed{4}.<|im_end|>")
+    scripted(rollout="\\boxed{2}", rephrase="Sure!\nSo it is \\boxed{4}.<|im_end|>")
     problems = [PROBLEMS[0], dict(PROBLEMS[0], answer="4")]  # one question, the first time solved
     _, groups, guides = step(problems=problems)
     said = dict(rollouts=[dict(reward=0.0, text="\\boxed{2}")] * 4, guide="So it is \\boxed{4}.")
-    said |= dict(draft="Sure! So it is \\boxed{4}.", reward=1.0, injected=True)
+    said |= dict(draft="Sure!\nSo it is \\boxed{4}.", reward=1.0, injected=True)
     assert repo.episode(groups, guides) == problems[1] | said
 
 
@@ -1345,6 +1345,8 @@ def test_the_headline_of_the_miniature(world):
     seen = {name: number(rephrasing) for name, number in run_tiny.COLUMNS.items()}
     assert seen["injections, last ten"] < 0.5 * seen["injections, first ten steps"]
     assert seen["logp/expert"] < -5 < -2 < seen["logp/rephrase"]
+    model, tokenizer = repo.load_model(world.model, DEVICE)
+    assert tokenizer.decode(repo.end_tokens(model, tokenizer)[0]) == "<eos>"
 
 
 @cases("toy", [True, False])
