@@ -36,7 +36,7 @@ WHAT WE CHOSE, beside what is marked:
 
 WHAT IS NOT LITERALLY TRUE:
   - "On-policy", the paper's word. o_rep is drawn under P(q,k) and trained under q. Its ratio
-    divides by π_old(·|q), which did not write it. And only texts with a good reward go in.
+    divides by π_old(·|q), which did not write it. And only a text that earns more goes in.
   - "o_rep ~ π_old(·|P(q,k))". By default the draft is greedy, and cleaning may shorten it.
   - "Verified". The reward checks the answer, which k shows. The steps may still be wrong.
 
@@ -629,7 +629,7 @@ def checkpoint_layers(model):
 
 @torch.no_grad()
 def measure_experts(model, tokenizer, injected, cfg):
-    """log π(·|q) of the tokens of the experts' texts, for the questions of the injected guides."""
+    """log π(·|q) of the tokens of the experts' texts for the injected questions, a flat list."""
     experts = expert_completions(model, tokenizer, [guide.replaced for guide in injected])
     return [
         logp
@@ -979,8 +979,8 @@ def load_problems(run, split, guided=True):
     The answer is the last `\boxed{}` of its column, or else all its text. A record that lacks one
     of the three is left out, and so is one whose answer is the whole solution. Without `guided`
     no knowledge is needed. The fields of a dict are columns: reward_model.ground_truth.
-    Raises: RepoError if a column is missing or of another type than text, integers or chats (in a
-    column of floats 42 has become 42.0), or if no record is left.
+    Raises: RepoError if a column is missing, or if no record is left. Also for another type than
+    text, integers or chats: in a column of floats 42 has become 42.0.
     """
     readers = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     reader = readers.get(Path(run.dataset).suffix)  # None: a dataset of the hub

@@ -59,8 +59,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NAMES = """Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo Lima Mike November
 Oscar Papa Quebec Romeo Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu""".split()
 SPELL = dict(zip(LETTERS, NAMES))
-TEMPLATE = "{% for m in messages %}{{ m.content }}{{ '=' if m.role == 'user' else '<eos>' }}"
-TEMPLATE += "{% endfor %}"
+TEMPLATE = "{% for m in messages %}{{ m.content + {'user': '='}.get(m.role, '<eos>') }}{% endfor %}"
 CODEBOOKS = dict(batch_size=32, group_size=4, max_new_tokens=20, rephrase_temperature=1.0)
 CODEBOOKS |= dict(question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
 
@@ -465,6 +464,7 @@ def explain(world, device, charts):
 
 
 def main(argv=None):
+    """Trains the methods asked for in each world, and shows what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     flag = parser.add_argument
     flag("--model", help="a real model, for the realms: folder or hub name")
