@@ -6,8 +6,8 @@ has no signal. RePO shows k to the policy, which writes the solution in its own 
 is trained as if the policy had found it alone.
 
 We have not read the full paper, and its authors have published no code. Marks tell the source:
-[paper] is the abstract. [reported] is what independent readers of the paper say, and so are the
-equation numbers. [ours] is our own choice, where we know of no other.
+[paper] is the abstract. [reported] is what independent readers of the paper say; the equation
+numbers come from them too. [ours] is our choice: readers say nothing of it, or disagree.
 
 ONE STEP. π_old is the policy at the start of the step.
   1. Rollout    o_1..o_G ~ π_old(·|q), with rewards R_1..R_G                              [paper]
@@ -19,24 +19,26 @@ ONE STEP. π_old is the policy at the start of the step.
   4. Update     A_i = (R_i - mean R) / std R                                           [reported]
                 r_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t), Eq. 11      [reported]
                 J = 1/G Σ_i 1/|o_i| Σ_t min(r_i,t A_i, clip(r_i,t, 1-ε, 1+ε) A_i)      [reported]
-                averaged over all questions, and less β KL(π_θ ‖ π_ref) if asked for   [reported]
+                averaged over all questions, minus β KL(π_θ ‖ π_ref) if β > 0          [reported]
 
-WHAT IS LEFT OF PPO, with the default ρ = 1, β = 0 and one update a batch, for rewards of 0 and 1:
+WHAT IS LEFT OF THE CLIPPED OBJECTIVE (PPO's), with the default ρ = 1, β = 0 and one update a batch,
+for rewards of 0 and 1:
   - Every ratio is 1 and the clip never acts. The gradient is REINFORCE's with advantages A_i.
   - A group of equal rewards has advantages of 0. It teaches nothing.
-  - In an injected group the rewards are 1, 0 .. 0. Their mean is 1/G and their std is 1/√G. So
+  - In an injected group the rewards are 1, 0 .. 0. Their mean is 1/G, their unbiased std 1/√G. So
     o_rep has the advantage (G-1)/√G and each failure -1/√G: 2.47 and -0.35 for G = 8.
   - Such a group is supervised learning of a verified text, plus a push away from the failures.
 
-WHAT WE CHOSE, beside what is marked:
+WHAT WE CHOSE, beside the marks:
   - o_rep is written only where the gate opens. Readers report one for every question, and then a
-    group of G + 1 that loses its worst. That trains the same texts and costs more.
+    group of G + 1 that loses its worst. Where the gate opens, that comes to the same.
   - A draft that was cut off, or that still speaks of k after cleaning, is never injected.
-  - std is the unbiased one, plus 1e-6. The update's own first pass gives the ratio's denominator.
+  - std is the unbiased one, plus 1e-6. The ratio divides by the log-probabilities that the update
+    itself computes before any weight moves, not by those of the sampler.
 
 WHAT IS NOT LITERALLY TRUE:
   - "On-policy", the paper's word. o_rep is drawn under P(q,k) and trained under q. Its ratio
-    divides by π_old(·|q), which did not write it. And only a text that earns more goes in.
+    divides by π_old(·|q), which did not write it. And of the texts only those that earn more go in.
   - "o_rep ~ π_old(·|P(q,k))". By default the draft is greedy, and cleaning may shorten it.
   - "Verified". The reward checks the answer, which k shows. The steps may still be wrong.
 
@@ -82,6 +84,16 @@ def require(condition, message):
     """Raises a RepoError with the message unless the condition holds."""
     if not condition:
         raise RepoError(message)
+
+
+@contextmanager
+def explaining(what, advice):
+    """Whatever a library raises in the block becomes a RepoError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:400]
+        raise RepoError(f"{what}: {reason}; {advice}") from error
 
 
 # ------------------------------------------------------------------------------------- settings
@@ -157,9 +169,9 @@ class Completion:
 
     problem: dict  # its question, knowledge and answer
     prompt: list  # token ids of q; only of a draft those of P(q,k)
-    tokens: list  # token ids of the answer; the last one is the end token, unless truncated
+    tokens: list  # token ids of the answer, trained all; the last is the end token, if there is one
     text: str  # what the tokens say, without the end token
-    truncated: bool = False  # max_new_tokens came before an end token
+    truncated: bool = False  # max_new_tokens came first: there is no end token
     sampler_logps: list | tuple = ()  # log π of each token, in nats, as the sampler drew it
     old_logps: list | tuple = ()  # log π_old(·|q) of each token, in nats, once it is trained
     reward: float = 0.0  # set by `assign_rewards`
@@ -179,8 +191,8 @@ class Completion:
 def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=None):
     """One step of RePO on `problems`, a list of dicts of question, knowledge and answer.
 
-    `reward_fn(text, answer)` returns a number; δ must separate wrong from right. `reference` is
-    π_ref of the KL term. Trains `model` in place. Returns (metrics, groups, guides). The groups are
+    `reward_fn(text, answer)` returns a number, below δ if the text is wrong. `reference` is π_ref
+    of the KL term. Trains `model` in place. Returns (metrics, groups, guides). The groups are
     as trained. The guides are the texts written for the groups whose gate opened, injected or not.
     """
     model.eval()  # with dropout the trained policy would not be the sampled one
@@ -188,7 +200,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
     # 1. Rollout.
     groups = rollout(model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn)
 
-    # 2. Rephrase, where the gate opens. With --guidance none (GRPO) it never opens.
+    # 2. Rephrase, where the gate opens. With --guidance none (GRPO) nothing is written.
     stuck = [g for g in groups if cfg.guidance != "none" and gate_opens(g, cfg)]
     guides = write_guides(model, tokenizer, stuck, cfg, reward_fn)  # one for each stuck group
 
@@ -198,6 +210,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 
     # 4. Update under the plain q. The experts' texts are measured before the weights move.
     assign_advantages(groups)
+    # A guide whose group now has equal rewards is not trained, so it does not count as injected.
     injected = [guide for guide in guides if guide.replaced and guide.advantage != 0]
     expert_logps = measure_experts(model, tokenizer, injected, cfg)
     metrics = update(model, optimizer, groups, cfg, reference)
@@ -278,11 +291,11 @@ def sample(model, prompts, num_samples, max_new_tokens, temperature, ends):
     mask = pad([[1] * len(prompt) for prompt in prompts], "left", model.device)  # 1: real token
     cache = None
     completions = [([], []) for _ in range(len(prompts) * num_samples)]  # token ids, log π
-    unfinished = list(completions)  # row r of the batch writes unfinished[r]
+    unfinished = list(completions)  # once the prompts are read, row r writes unfinished[r]
 
     for length in range(max_new_tokens):
         # A token's position is the number of real tokens before it: a mask of 0 0 1 1 1 gives
-        # 0 0 0 1 2.
+        # 0 0 0 1 2. Only those of `inputs` are passed: all of the prompt, then the last one.
         positions = (mask.cumsum(1) - mask)[:, -inputs.shape[1] :]
         with autocast():
             output = model(
@@ -350,7 +363,10 @@ def autocast():
 
 
 def write_guides(model, tokenizer, groups, cfg, reward_fn):
-    """A guide with its reward for each group: o_rep, or the expert's text (--guidance verbatim)."""
+    """A guide for each group, with its reward: the text that may be injected.
+
+    That is o_rep, or with --guidance verbatim the expert's own text.
+    """
     if not groups:
         return []
     if cfg.guidance == "verbatim":
@@ -403,7 +419,7 @@ def clean_rephrase(text, record=""):
 
     1. A draft with thoughts or control tokens is refused.
     2. Lines of chat ("Sure!") or about the source ("According to the notes:") are cut from both
-       ends. A line with a digit, a sign or a single letter is never cut.
+       ends. A line with a digit, a sign of mathematics or a single capital is never cut.
     3. What still has chat at an end, speaks of the source, or is a torn sentence, is refused. A cut
        within a line or in the middle would leave a hole in the text.
 
@@ -478,9 +494,9 @@ def group_advantages(rewards):
 def update(model, optimizer, groups, cfg, reference=None):
     """Takes `updates_per_batch` optimizer steps that raise J. Returns metrics.
 
-    Without any advantage and without a KL term nothing changes (ours).
+    If all advantages are 0 and there is no KL term, nothing changes (ours).
     Raises: RepoError if kl_beta lacks a reference, or if sampler and trainer disagree; RuntimeError
-    if the gradient is not finite. The weights have not moved then.
+    if the gradient is not finite. That optimizer step is not taken then.
     """
     require(
         reference is not None or not cfg.kl_beta,
@@ -488,21 +504,22 @@ def update(model, optimizer, groups, cfg, reference=None):
     )
     if cfg.checkpoint_layers:
         checkpoint_layers(model)
-    # A completion without advantage and KL term has no gradient, so it is not read.
+    # With an advantage of 0 and no KL term a completion has no gradient, so it is not read.
     completions = sum(groups, [])
     trained = [o for o in completions if o.advantage != 0 or cfg.kl_beta > 0]
     kls, norms, clipped = [], [], []
     difference = None
     for _ in range(cfg.updates_per_batch if trained else 0):
-        optimizer.zero_grad()  # also of what an interrupted step has left
+        optimizer.zero_grad()
         for batch in micro_batches(trained, cfg.micro_batch_tokens):
-            loss = 0.0
             batch_logps = token_logps(model, batch, cfg.temperature)
+            # In the first update, before any weight moves, these are π_old(·|q) (ours). So the
+            # ratio begins at exactly 1. The sampler's own would differ by rounding.
             for o, logps in zip(batch, batch_logps):
-                # In the first update, before any weight moves, these are π_old(·|q) (ours). So the
-                # ratio begins at exactly 1. The sampler's own would differ by rounding.
                 if not o.old_logps:
                     o.old_logps = logps.tolist()
+            loss = 0.0
+            for o, logps in zip(batch, batch_logps):
                 old_logps = logps.new_tensor(o.old_logps)
                 o_loss, o_clipped = policy_loss(logps, old_logps, o.advantage, cfg.clip_epsilon)
                 loss += o_loss
@@ -510,8 +527,8 @@ def update(model, optimizer, groups, cfg, reference=None):
             if cfg.kl_beta:
                 with torch.no_grad():
                     reference_logps = token_logps(reference, batch, cfg.temperature)
-                for logps, fixed_logps in zip(batch_logps, reference_logps):
-                    kl = kl_loss(logps, fixed_logps)
+                for logps, reference_o_logps in zip(batch_logps, reference_logps):
+                    kl = kl_loss(logps, reference_o_logps)
                     loss += cfg.kl_beta * kl
                     kls.append(kl.item())
             # The divisor counts all completions, also those not read. It is the same for every
@@ -523,7 +540,8 @@ def update(model, optimizer, groups, cfg, reference=None):
         )
         norms.append(norm.item())
         optimizer.step()
-        torch.clear_autocast_cache()  # where a caller has its own autocast, it holds old weights
+        # If the caller runs all this under autocast, its cache holds the old weights in bf16.
+        torch.clear_autocast_cache()
     optimizer.zero_grad()  # frees the gradients' memory for the next sampling
     return {
         "kl": mean(kls),
@@ -536,12 +554,13 @@ def update(model, optimizer, groups, cfg, reference=None):
 def token_logps(model, completions, temperature):
     """log π_θ(o_t | q, o_<t) at T of each completion's tokens: a list of [|o_i|], fp32, in nats.
 
+    The logits at a token predict the next one. With q = a b and o = c d, those at b and c count.
     Padding stands on the right, after everything that a causal model looks at.
     """
     ids = pad([o.ids for o in completions], "right", model.device)  # [B, L]
     length = ids.shape[1]
-    # The logits at position t predict the token at t + 1. Those before the last token of the
-    # shortest prompt predict no completion, and are not computed.
+    # The logits before the last token of the shortest prompt predict no completion. They are not
+    # computed.
     keep = length - min(len(o.prompt) for o in completions) + 1
     with autocast():
         logits = model(ids, use_cache=False, logits_to_keep=keep).logits  # [B, keep, V]
@@ -561,8 +580,8 @@ def policy_loss(logps, old_logps, advantage, clip_epsilon):
     Log-probabilities are [|o|], in nats. Returns (the loss, a scalar; where the clip acts, [|o|]).
     A clipped token has no gradient.
     """
-    # The bound keeps exp finite: 0 times infinity, of a clipped token, would be NaN. Beyond e^60 no
-    # token has a gradient.
+    # The bound (ours) keeps exp finite, because 0 times infinity, the gradient of a clipped token,
+    # would be NaN. Its price: a ratio beyond e^60 gives no gradient at all.
     ratio = (logps - old_logps).clamp(max=60.0).exp()
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantage
@@ -593,8 +612,8 @@ def micro_batches(completions, max_tokens):
 def check_sampler(completions):
     """max |log π of the sampler - log π of the trainer| over the rollouts' tokens, in nats.
 
-    Raises: RepoError if their mean distance is above 0.1 (ours). Rounding in bf16 stays below that.
-    A model that ignores padding or a sampler at another T comes out above it.
+    Raises: RepoError if their mean distance is above 0.1 (ours), more than rounding in bf16 gives.
+    Causes are a model that ignores padding, or a sampler at another T.
     """
     differences = [
         abs(sampler - trainer)
@@ -603,7 +622,7 @@ def check_sampler(completions):
     ]
     average = mean(differences) or 0.0
     require(
-        average <= 0.1,  # false for NaN too
+        average <= 0.1,  # not met by NaN either
         f"sampler and trainer are {average:.2f} nats a token apart: this model ignores positions "
         "or attention masks, or keeps a cache whose rows cannot be rearranged; use another",
     )
@@ -648,14 +667,20 @@ def step_metrics(groups, guides, injected, expert_logps, cfg):
     """What a step shows, under TRL's names where it has one. None: there was nothing to measure.
 
     Reward, entropy and `completions/` are of the rollouts, before injection. The four `logp/` are
-    means per token in nats, on the injected questions, under the policy before the update. Three
-    are under the plain q: the replaced rollouts, the rephrases and the experts' texts. `logp/draft`
-    is under P(q,k). Where cleaning cut nothing, logp/draft - logp/rephrase is how much the text
-    relies on the hint.
+    means per token, in nats, on the injected questions, under the policy before the update:
+
+        logp/rollout    the replaced rollouts, after q
+        logp/draft      the drafts, after P(q,k)
+        logp/rephrase   the rephrases, after q
+        logp/expert     the experts' texts, after q
+
+    Where cleaning cut nothing, draft and rephrase are the same tokens. Then logp/draft -
+    logp/rephrase is how much the text relies on the hint, if both are at one temperature: greedy
+    drafts are measured at T = 1, the others at their own.
     """
     rollouts = as_sampled(sum(groups, []))
     rephrases = [o for o in guides if o.draft]
-    let_in = [o for o in injected if o.draft]
+    injected_rephrases = [o for o in injected if o.draft]
     return {
         "reward": mean(o.reward for o in rollouts),
         "entropy": -mean(logp for o in rollouts for logp in o.sampler_logps),  # estimate at T, nats
@@ -667,8 +692,8 @@ def step_metrics(groups, guides, injected, expert_logps, cfg):
         ),
         "rephrase/clipped_ratio": mean(o.draft.truncated for o in rephrases),
         "logp/rollout": mean(logp for o in injected for logp in o.replaced.sampler_logps),
-        "logp/draft": mean(logp for o in let_in for logp in o.draft.sampler_logps),
-        "logp/rephrase": mean(logp for o in let_in for logp in o.old_logps),
+        "logp/draft": mean(logp for o in injected_rephrases for logp in o.draft.sampler_logps),
+        "logp/rephrase": mean(logp for o in injected_rephrases for logp in o.old_logps),
         "logp/expert": mean(expert_logps),
     }
 
@@ -772,7 +797,7 @@ def after_answer(tokenizer):
     Raises: RepoError unless an answer follows directly on what a prompt ends in, as a rollout does.
     Otherwise the rephrase would be trained in another place.
     """
-    question, answer = "What is 4142?", "It is 4242."  # no template contains these
+    question, answer = "What is 4142?", "It is 4242."  # a template hardly contains these
     user = {"role": "user", "content": question}
     turns = [user, {"role": "assistant", "content": answer}, user]
     with explaining("the chat template refuses a plain conversation", "use another model"):
@@ -809,7 +834,8 @@ def any_of(phrases):
 
 
 CONTROL = re.compile(r"</?think|<[|｜]|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
-CONTENT = re.compile(r"[^a-zA-Z\s.,:;!?'’\"“”()*_#-]|\b[B-HJ-Z]\b")  # no digit, sign or letter
+# A digit, a sign of mathematics, a letter as in "option B" or "angle X".
+CONTENT = re.compile(r"[^a-zA-Z\s.,:;!?'’\"“”()*_#-]|\b[B-HJ-Z]\b")
 ENDED = re.compile(r"[.!?:)}\]$*_`|\"”-]$")  # a sentence, heading, formula or line of a table
 
 CHAT_STARTS = any_of(
@@ -857,25 +883,27 @@ SOURCE = re.compile(
 #
 # test_repo.py has a table of answers that it takes and of answers that it does not take.
 
-REWRITES = (  # (pattern, replacement), in this order: typography, signs and the form of a choice
-    ("[−–]", "-"),
-    # 1{,}000 is 1,000, with a separator of its own, because (1{,}000) is no pair.
+REWRITES = (  # pattern and replacement, in this order: typography, signs, the form of a choice
+    ("[−–]", "-"),  # −5 is -5
+    # 1{,}000 is 1,000. The sign between is not the comma: (1{,}000) is a number, (1,000) a pair.
     (r"(?<=[0-9])(?:\{,\}|\\,|,?\\!)(?=[0-9]{3})", "\u066c"),
+    # \left( is (, and \quad is a blank.
     (r"\\(?:left|right)(?![a-zA-Z])\.?|\\(?:displaystyle|q?quad)(?![a-zA-Z])", " "),
-    (r"(?<!\\)\\[,;:!$ ]|[$\s]", " "),  # blanks, and signs of money
-    (r"(?<=[0-9]) ?(?:\\?%|°|\^ ?(?:\\circ|\{\\circ\}))(?! ?\w)", " "),  # 5%, 90°
+    (r"(?<!\\)\\[,;:!$ ]|[$\s]", " "),  # \, is a blank, and $5 is 5
+    (r"(?<=[0-9]) ?(?:\\?%|°|\^ ?(?:\\circ|\{\\circ\}))(?! ?\w)", " "),  # 5% is 5, and 90° is 90
+    # \text{B} is B, but x_\text{max} stays.
     (r"(?<![\^_a-z])\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
     (r"(?<!\\)\\([#_&])", r"\1"),  # C\# is C#
-    (r"\\[dt]frac", r"\\frac"),
+    (r"\\[dt]frac", r"\\frac"),  # \dfrac is \frac
     (r"\\(frac|sqrt)(?![a-zA-Z]) ?(\w)", r"\\\1{\2}"),  # \sqrt34 is \sqrt{3}4
     (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),  # \frac{3}4 is \frac{3}{4}
     (r"([_^])\{(\w)\}", r"\1\2"),  # x^{2} is x^2, but x^{12} is not x^12
-    (r" +", " "),
-    (r" - |(?<![\w)}])- ", "-"),  # x - 1 and - 5, but not the two numbers of 5 -3
-    (r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.-]) ?", r"\1"),  # blanks around signs
-    (r"\.$|^.*=$", ""),  # the last full stop; an equation without its right side
+    (r" +", " "),  # one blank
+    (r" - |(?<![\w)}])- ", "-"),  # x - 1 is x-1, but 5 -3 are two numbers
+    (r" ?(\\[a-zA-Z]+(?= [^a-zA-Z])|[^\w ,.-]) ?", r"\1"),  # a + b is a+b
+    (r"\.$|^.*=$", ""),  # 5. is 5, and x= says nothing
     (r"^\(?([A-J])\)?$", r"\1"),  # (B) is B
-    (r"^(-?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3"),
+    (r"^(-?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3"),  # \frac{3}{4} is 3/4
 )
 # 12, 1,200, 1.5, .5 or 3/4, but not 1,20.
 NUMBER = r"[+-]?(?:(?:[1-9][0-9]{0,2}(?:[,\u066c][0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -906,8 +934,8 @@ def boxed_reward(completion, answer):
     r"""1.0 if the last `\boxed{...}` is the answer, the same number or the same text, else 0.0.
 
     Takes any string. The signs $, % and ° do not count. A unit, `x=` or another order of terms
-    makes another text. In doubt it says 0.0, because a false 1.0 teaches a mistake. A false 0.0 is
-    no harmless error either: it pushes a right answer down, or opens a gate.
+    makes another text. In doubt it says 0.0, because a false 1.0 teaches a mistake. A false 0.0
+    does harm too: it pushes a right answer down, or opens a gate.
     """
     gold = normalise(answer)
     return float(gold != "" and normalise(last_boxed(completion)) == gold)
@@ -935,16 +963,6 @@ class Run:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@contextmanager
-def explaining(what, advice):
-    """Whatever a library raises in the block becomes a RepoError of one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:400]
-        raise RepoError(f"{what}: {reason}; {advice}") from error
-
-
 def in_box(text):
     r"""GSM8K's last line `#### 42` as "The final answer is \boxed{42}.", without its <<6*7=42>>.
 
@@ -970,7 +988,7 @@ def as_text(cell):
 
 # Column types that keep the spelling of the file.
 READABLE = [Value(name) for name in ("string", "large_string", "int32", "int64", "uint64")]
-READABLE += [List({"role": text, "content": text}) for text in READABLE[:2]]  # chats
+READABLE += [List({"role": string, "content": string}) for string in READABLE[:2]]  # chats
 
 
 def load_problems(run, split, guided=True):
@@ -1002,6 +1020,7 @@ def load_problems(run, split, guided=True):
         present = [column for column in columns if column in data.features]
         records = data.select_columns(present).to_list()
     for column in columns if guided else columns[:2]:
+        # If a dict could not be read as fields, its own type is shown.
         kind = data.features.get(column, data.features.get(column.partition(".")[0]))
         require(
             column in present and kind in READABLE,
@@ -1052,14 +1071,16 @@ def load_model(name, device):
     if config.model_type != model.config.model_type:
         print(f"of {name} only the language model is trained and saved, {model.config.model_type}")
     if hasattr(model.config, "output_router_logits"):
-        model.config.output_router_logits = False  # a loss not ours, which fails with a cache
+        # A mixture of experts would add a loss of its own, which fails with a cache.
+        model.config.output_router_logits = False
     return model.to(device), tokenizer
 
 
 def fitting(problems, model, tokenizer, cfg):
     """The problems whose q and P(q,k) leave room for a completion and spell no control token.
 
-    Prints how many are kept, if not all. P(q,k) counts with --guidance none too.
+    Prints how many are kept, if not all. With --guidance none P(q,k) counts too, so that such a run
+    trains on the same problems.
     """
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", math.inf)
@@ -1083,7 +1104,7 @@ def fitting(problems, model, tokenizer, cfg):
 
 
 def draw_batch(problems, step, cfg):
-    """The problems of a step, by seed and step alone: from all of them, without epochs (ours)."""
+    """The problems of a step, drawn from all of them by seed and step alone; no epochs (ours)."""
     generator = random.Random(f"{cfg.seed} {step}")
     return generator.sample(problems, min(cfg.batch_size, len(problems)))
 
@@ -1116,7 +1137,7 @@ def train(run, cfg, reward_fn):
     guided = cfg.guidance != "none"
     problems = load_problems(run, run.split, guided)
     held_out = load_problems(run, run.eval_split, guided) if run.eval_split else []
-    # The reward is tried on the experts' texts, so that a reward that takes nothing is seen.
+    # The reward is tried on the experts' texts. One that takes none of them is seen at once.
     experts = [Completion(problem, [], [], problem["knowledge"]) for problem in problems]
     assign_rewards(experts, reward_fn)
     taken = sum(o.reward >= cfg.fail_threshold for o in experts)
@@ -1124,7 +1145,7 @@ def train(run, cfg, reward_fn):
     require(taken or cfg.guidance != "verbatim", "the reward takes no expert's text to be injected")
 
     settings = vars(run) | vars(cfg)
-    settings["data or reward"] = zlib.crc32(repr(experts).encode())  # changes with either
+    settings["data or reward"] = zlib.crc32(repr(experts).encode())  # of records and their rewards
     state = dict(step=0, log_sizes=(0, 0), settings=settings)
     if checkpoint.exists():
         with explaining(f"{checkpoint} cannot be read", "choose another --out"):
