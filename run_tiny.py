@@ -60,7 +60,7 @@ NAMES = """Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo L
 Oscar Papa Quebec Romeo Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu""".split()
 SPELL = dict(zip(LETTERS, NAMES))
 TEMPLATE = "{% for m in messages %}{{ m.content + {'user': '='}.get(m.role, '<eos>') }}{% endfor %}"
-CODEBOOKS = dict(batch_size=32, group_size=4, max_new_tokens=20, rephrase_temperature=1.0)
+CODEBOOKS = dict(batch_size=16, group_size=4, max_new_tokens=20, rephrase_temperature=1.0)
 CODEBOOKS |= dict(question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
 
 
@@ -75,8 +75,7 @@ def codebook_problem(books, book, draw):
 
 def own_style(question, answer):
     """The policy's chain of thought: each letter beside its image, and the boxed answer."""
-    steps = "".join(f"{letter}{image};" for letter, image in zip(question[1:], answer))
-    return f"{steps}\\boxed{{{answer}}}"
+    return "".join(map("{}{};".format, question[1:], answer)) + f"\\boxed{{{answer}}}"
 
 
 def base_policy(books, seed, device, steps=250):
@@ -91,13 +90,14 @@ def base_policy(books, seed, device, steps=250):
     torch.manual_seed(seed)
     shape = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
     shape |= dict(vocab_size=len(tokens), tie_word_embeddings=True, eos_token_id=ids["<eos>"])
+    shape |= dict(initializer_range=0.05)  # with the default of 0.02 it learns more slowly
     model = LlamaForCausalLM(LlamaConfig(**shape)).to(device)
     draw, weights = random.Random(seed), list(model.parameters())
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc="warm-up of the base policy", leave=False):
         solved, rephrased = [], []
-        for _ in range(24):
+        for _ in range(12):
             p = codebook_problem(books, draw.choice("12"), draw)
             solved.append(f"{p['question']}={own_style(p['question'], p['answer'])}<eos>")
             # Untrue, so that rephrasing teaches no fact of book 3.
@@ -121,8 +121,7 @@ def codebooks(seed: int, folder: Path, device: str):
     """The World of this seed; its base policy is trained once and kept in the folder."""
     draw = random.Random(seed)
     books = {book: dict(zip(LETTERS, draw.sample(LETTERS, 26))) for book in "123"}
-    folder = folder / f"codebooks {seed}"
-    saved = folder / "base"
+    saved = folder / f"codebooks {seed}" / "base"
     if not saved.exists():
         for part in base_policy(books, seed, device):
             part.save_pretrained(saved)
@@ -133,7 +132,7 @@ def codebooks(seed: int, folder: Path, device: str):
     known = [problem["question"] for problem in hard + general]
     problems = [problem for problem in problems if problem["question"] not in known]
     cfg, held_out = repo.Config(**CODEBOOKS), {"hard": hard, "general": general}
-    return World(folder, saved, cfg, 100, repo.boxed_reward, problems, held_out)
+    return World(saved.parent, saved, cfg, 80, repo.boxed_reward, problems, held_out)
 
 
 # --------------------------------------------------------------------------- the world of realms
@@ -239,9 +238,9 @@ def star(model, tokenizer, stuck, groups, guides, cfg):
     With these advantages and a ratio of 1 the gradient is that of their mean log-probability.
     """
     texts = sum(groups, [])
-    right = [o for o in texts if o.reward >= cfg.fail_threshold]
-    for o in texts:
-        o.advantage = len(texts) / len(right) if o.reward >= cfg.fail_threshold else 0.0
+    right = [o.reward >= cfg.fail_threshold for o in texts]
+    for o, verified in zip(texts, right):
+        o.advantage = len(texts) / sum(right) if verified else 0.0
 
 
 def no_push(model, tokenizer, stuck, groups, guides, cfg):
@@ -299,20 +298,20 @@ def sft_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
 
 
 # A method: its rate, what it changes in the world's settings, and its step. The rates are for the
-# codebooks: of 1e-4, 2e-4, 4e-4 and 1e-3 the best by hard + general accuracy in world 100, which
+# codebooks: of 1e-4, 3e-4, 6e-4 and 1e-3 the best by hard + general accuracy in world 100, which
 # is not reported; the lowest of equals. The true ratio learns at none; rho 0.5 was not searched.
 Method = namedtuple("Method", "rate settings step", defaults=[repo.train_step])
 EVERY_GROUP = {"guidance": "verbatim", "gate_threshold": 0}
 METHODS = {
-    "sft": Method(1e-3, {}, sft_step),
-    "star": Method(2e-4, {}, partial(step_with, change=star)),
+    "sft": Method(1e-4, {}, sft_step),
+    "star": Method(1e-3, {}, partial(step_with, change=star)),
     "grpo": Method(1e-4, {"guidance": "none"}),
     "verbatim": Method(1e-4, {"guidance": "verbatim"}),
     "luffy": Method(1e-4, EVERY_GROUP, partial(step_with, inject=any_slot, change=luffy)),
-    "repo": Method(4e-4, {}),
-    "repo, true ratio": Method(4e-4, {}, partial(step_with, change=true_ratio)),
-    "repo, no push": Method(4e-4, {}, partial(step_with, change=no_push)),
-    "repo, rho 0.5": Method(4e-4, {"gate_threshold": 0.5}),
+    "repo": Method(6e-4, {}),
+    "repo, true ratio": Method(1e-4, {}, partial(step_with, change=true_ratio)),
+    "repo, no push": Method(6e-4, {}, partial(step_with, change=no_push)),
+    "repo, rho 0.5": Method(6e-4, {"gate_threshold": 0.5}),
 }
 
 
@@ -418,7 +417,8 @@ def draw(records, keys, width=60):
 
 def chart(title, x, y, kind, series):
     """A chart in Mermaid, which GitHub draws: `kind` is line or bar, `series` lists of numbers."""
-    print(f'```mermaid\nxychart-beta\n    title "{title}"\n    x-axis {x}\n    y-axis {y}')
+    print('```mermaid\n%%{init:{"themeVariables":{"xyChart":{"plotColorPalette":"gray,red"}}}}%%')
+    print(f'xychart-beta\n    title "{title}"\n    x-axis {x}\n    y-axis {y}')
     for values in series:
         print(f"    {kind} [{', '.join(f'{value:.2f}' for value in values)}]")
     print("```")
@@ -459,8 +459,9 @@ def explain(world, device, charts):
         for token, value in zip(tokens, values):
             print(f"  {token:12} {'█' * round(16 * math.exp(value)):16} {value:6.1f}")
         if charts:
-            low = f'"nats" {math.floor(min(sum(logps, [])))} --> 0'
-            chart(f"log-probability a token: {title}", json.dumps(tokens), low, "bar", [values])
+            names = json.dumps([f"{i} {token}" for i, token in enumerate(tokens, 1)])
+            height = f'"-log probability, nats" 0 --> {math.ceil(-min(sum(logps, [])))}'
+            chart(f"how unlikely: {title}", names, height, "bar", [[-value for value in values]])
 
 
 def main(argv=None):
@@ -497,19 +498,18 @@ def main(argv=None):
             if args.explain:
                 return explain(world, device, args.charts)
             for name, seed in [(name, seed) for name in args.methods for seed in args.seeds]:
-                history = run(world, name, seed, args.steps or world.steps, device)
-                histories.append(history)
+                histories.append(run(world, name, seed, args.steps or world.steps, device))
                 for kind, [first, *_] in world.held_out.items():
-                    before, after = (history[i][f"{kind}_answer"] for i in (0, -1))
-                    print(f"  {first['question']}\n    before  {before}\n    after   {after}")
+                    before, after = (histories[-1][i][f"{kind}_answer"] for i in (0, -1))
+                    print(f"  {first['question']} ({kind})\n   before {before}\n   after  {after}")
     draw(sum(histories, []), CURVES[:3])
     print(f"\n{table(histories, [*COLUMNS][:3])}\n\n{table(histories, [*COLUMNS][3:])}\n")
     if args.charts:
-        steps = max(history[-1]["step"] for history in histories)
         title = f"hard accuracy by step: {', '.join(h[-1]['method'] for h in histories)}"
+        steps = f'"step" 0 --> {histories[0][-1]["step"]}'
         rows = [measured(history[:-1], "hard") for history in histories]
-        chart(title, f'"step" 0 --> {steps}', '"accuracy" 0 --> 1', "line", rows)
-    print("logp: mean log-probability a token under the plain question, over the run, in nats.")
+        chart(title, steps, '"accuracy" 0 --> 1', "line", rows)
+    print("logp: mean log-probability a token after the plain question, over the run, in nats")
     print(f"{time.perf_counter() - start:.0f} s on {device}, torch {torch.__version__}")
 
 

@@ -24,7 +24,8 @@ import transformers
 from datasets import ClassLabel, Dataset, Features
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.utils import parameters_to_vector
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import PreTrainedTokenizerFast, Qwen3_5Config
 
 import repo
 import run_tiny
@@ -1307,6 +1308,16 @@ def test_weights_that_take_no_gradient_are_refused(monkeypatch):
         repo.load_model("saved", DEVICE)
 
 
+def test_of_a_multimodal_checkpoint_the_language_model_is_trained_and_that_is_said(capsys):
+    part = dict(hidden_size=32, intermediate_size=64, num_heads=2, num_position_embeddings=4)
+    text = SHAPE | dict(vocab_size=300)
+    config = Qwen3_5Config(text_config=text, vision_config=part | dict(depth=1, out_hidden_size=32))
+    saved(AutoModelForImageTextToText.from_config(config))
+    model, _ = repo.load_model("saved", DEVICE)
+    assert not any("visual" in name for name, _ in model.named_parameters())
+    assert "only the language model is trained and saved, qwen3_5_text" in capsys.readouterr().out
+
+
 def test_what_a_library_says_is_passed_on_whole():
     with refused("a: gated See the page; b"), repo.explaining("a", "b"):
         raise OSError("gated\n\nSee the page")
@@ -1432,4 +1443,4 @@ def test_one_step_is_explained(world, capsys):
     run_tiny.explain(world, DEVICE, charts=True)
     shown, problem = capsys.readouterr().out, world.held_out["hard"][0]
     assert problem["question"] in shown and problem["knowledge"] in shown
-    assert "1.50, -0.50, -0.50, -0.50" in shown and "```mermaid\nxychart-beta" in shown
+    assert "1.50, -0.50, -0.50, -0.50" in shown and "\nxychart-beta" in shown
