@@ -1022,11 +1022,11 @@ def load_problems(run, split, guided=True):
     for column in columns if guided else columns[:2]:
         # If a dict could not be read as fields, its own type is shown.
         kind = data.features.get(column, data.features.get(column.partition(".")[0]))
+        require(kind, f"{run.dataset!r} has no column {column!r}, only {list(data.features)}")
         require(
             column in present and kind in READABLE,
-            f"column {column!r} of {run.dataset!r} is {kind or 'missing'}, among "
-            f"{list(data.features)}; write text or integers. Json means that keys or types differ "
-            "between records: give each the same, or write a parquet file",
+            f"column {column!r} of {run.dataset!r} is {kind}; write text or integers. Json means "
+            "that keys or types differ between records: give each the same, or write parquet",
         )
     problems = []
     for record in records:
@@ -1140,8 +1140,11 @@ def train(run, cfg, reward_fn):
     # The reward is tried on the experts' texts. One that takes none of them is seen at once.
     experts = [Completion(problem, [], [], problem["knowledge"]) for problem in problems]
     assign_rewards(experts, reward_fn)
-    taken = sum(o.reward >= cfg.fail_threshold for o in experts)
+    failed = [o for o in experts if o.reward < cfg.fail_threshold]
+    taken = len(experts) - len(failed)
     print(f"the reward takes {taken} of {len(experts)} experts' texts")
+    for o in failed[:1]:
+        print(f"it does not take, for {o.problem['answer']!r}, the text that ends {o.text[-80:]!r}")
     require(taken or cfg.guidance != "verbatim", "the reward takes no expert's text to be injected")
 
     settings = vars(run) | vars(cfg)

@@ -97,7 +97,7 @@ def base_policy(books, seed, device, steps=250):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc="warm-up of the base policy", leave=False):
         solved, rephrased = [], []
-        for _ in range(12):
+        for _ in range(16):
             p = codebook_problem(books, draw.choice("12"), draw)
             solved.append(f"{p['question']}={own_style(p['question'], p['answer'])}<eos>")
             # Untrue, so that rephrasing teaches no fact of book 3.
@@ -335,11 +335,11 @@ def run(world, name, seed, steps, device):
 
     def examine(most=None):
         """{kind: accuracy on its held-out problems; kind_answer: what is said to the first}."""
-        seen = {}
-        for kind, problems in world.held_out.items():
-            groups = repo.rollout(model, tokenizer, problems[:most], 1, 0.0, cfg, world.reward_fn)
-            right = repo.mean(o.reward for [o] in groups)
-            seen |= {kind: right, f"{kind}_answer": groups[0][0].text}
+        seen, parts = {}, {kind: part[:most] for kind, part in world.held_out.items()}
+        said = repo.rollout(model, tokenizer, sum(parts.values(), []), 1, 0.0, cfg, world.reward_fn)
+        for kind, part in parts.items():
+            own, said = said[: len(part)], said[len(part) :]
+            seen |= {kind: repo.mean(o.reward for [o] in own), f"{kind}_answer": own[0][0].text}
         return seen
 
     log.write_text("")
@@ -459,7 +459,7 @@ def explain(world, device, charts):
         for token, value in zip(tokens, values):
             print(f"  {token:12} {'█' * round(16 * math.exp(value)):16} {value:6.1f}")
         if charts:
-            names = json.dumps([f"{i} {token}" for i, token in enumerate(tokens, 1)])
+            names = json.dumps([f"{i}:{token}" for i, token in enumerate(tokens, 1)])
             height = f'"-log probability, nats" 0 --> {math.ceil(-min(sum(logps, [])))}'
             chart(f"how unlikely: {title}", names, height, "bar", [[-value for value in values]])
 

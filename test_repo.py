@@ -1030,7 +1030,7 @@ d.jsonl | [0.5, 1] | float64 ‖ d.parquet | [42.0, null] | float64 ‖ d.json |
 d.parquet | [["4"], ["5"]] | List
 d.jsonl | ["007", 3, "[1, 2]"] | Json.*keys or types differ
 d.jsonl | [3, "007"] | Json.*keys or types differ
-d.jsonl | [{"n": 1}, {"m": 1}] | missing|Json
+d.jsonl | [{"n": 1}, {"m": 1}] | no column|Json
 d.jsonl | [[{"role": "user", "content": [{"text": "4"}]}]] | List
 d.jsonl | [[{"from": "human", "value": "4"}]] | from
 d.jsonl | [{"ground_truth": "4"}] | a.ground_truth
@@ -1086,7 +1086,7 @@ def test_plain_grpo_needs_no_solutions():
     assert repo.load_problems(run, "train", guided=False)[0]["answer"] == "4"
     run = replace(run, knowledge_column="none")
     assert repo.load_problems(run, "train", guided=False)[0]["knowledge"] == ""
-    with refused("'none' of .* is missing"):
+    with refused("no column 'none'"):
         repo.load_problems(run, "train")
 
 
@@ -1285,6 +1285,11 @@ def test_what_cannot_work_ends_before_the_model_is_loaded(files, change, message
     assert re.search(f"^error: .*{message}", refusal(flags(files) + change.split()))
 
 
+def test_an_experts_text_that_the_reward_does_not_take_is_shown(files, capsys):
+    refusal(flags(files) + ["--guidance=verbatim", "--knowledge-column=question"])
+    assert "it does not take, for '" in capsys.readouterr().out
+
+
 def test_a_model_that_cannot_work_ends_in_one_line(files):
     assert "lower --max-new-tokens" in refusal(flags(files, max_new_tokens=2048))
     assert "200 embeddings" in refusal(flags(files, model=saved(tiny_model(vocab=200))))
@@ -1309,9 +1314,8 @@ def test_weights_that_take_no_gradient_are_refused(monkeypatch):
 
 
 def test_of_a_multimodal_checkpoint_the_language_model_is_trained_and_that_is_said(capsys):
-    part = dict(hidden_size=32, intermediate_size=64, num_heads=2, num_position_embeddings=4)
-    text = SHAPE | dict(vocab_size=300)
-    config = Qwen3_5Config(text_config=text, vision_config=part | dict(depth=1, out_hidden_size=32))
+    vision = dict(hidden_size=32, out_hidden_size=32, num_heads=2, depth=1)
+    config = Qwen3_5Config(text_config=SHAPE | dict(vocab_size=300), vision_config=vision)
     saved(AutoModelForImageTextToText.from_config(config))
     model, _ = repo.load_model("saved", DEVICE)
     assert not any("visual" in name for name, _ in model.named_parameters())
