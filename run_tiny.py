@@ -1,4 +1,4 @@
-"""Watch RePO work: a toy world in a minute on a laptop, or a real language model in minutes more.
+"""Watch RePO work: a toy world in two minutes, or a real language model in minutes more.
 
     python run_tiny.py                    codebooks: a toy policy, GRPO and RePO side by side
     python run_tiny.py --model FOLDER     realms: a real instruction model learns made-up capitals
@@ -132,7 +132,7 @@ def codebooks(seed: int, folder: Path, device: str):
     known = [problem["question"] for problem in hard + general]
     problems = [problem for problem in problems if problem["question"] not in known]
     cfg, held_out = repo.Config(**CODEBOOKS), {"hard": hard, "general": general}
-    return World(saved.parent, saved, cfg, 80, repo.boxed_reward, problems, held_out)
+    return World(saved.parent, saved, cfg, 100, repo.boxed_reward, problems, held_out)
 
 
 # --------------------------------------------------------------------------- the world of realms
