@@ -1191,26 +1191,28 @@ def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
 
 
 def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(files, monkeypatch):
+    # The gate always opens and the reward has many values: each step moves the weights.
+    given = lambda out, **changes: flags(files, out, gate_threshold=0, **changes)
     Path("whole").mkdir()
     Path("whole/metrics.jsonl").touch()  # a log without a line is no run
-    repo.main(flags(files, "whole", steps=5, save_every=0))
-    assert "holds a run" in refusal(flags(files, "whole"))
-    assert "holds no run" in refusal(flags(files, "wohle", resume=True))
-    assert "begun with seed = 0, now it is 1" in refusal(flags(files, "whole", resume=True, seed=1))
-    repo.main(flags(files, "parts", steps=3, save_every=2))
+    repo.main(given("whole", steps=5, save_every=0), graded)
+    assert "holds a run" in refusal(given("whole"))
+    assert "holds no run" in refusal(given("wohle", resume=True))
+    assert "begun with seed = 0, now it is 1" in refusal(given("whole", resume=True, seed=1))
+    repo.main(given("parts", steps=3, save_every=2), graded)
     for name in ("metrics.jsonl", "episodes.jsonl"):
         assert lines("parts", name)
         with Path("parts", name).open("a") as log:
             log.write('{"step": 3, "half a li')  # what a killed run may leave
-    repo.main(flags(files, "parts", steps=5, resume=True, micro_batch_tokens=9999))
-    assert outcome("whole") == outcome("parts")
-    repo.main(flags(files, "other", steps=1, seed=1))
+    repo.main(given("parts", steps=5, resume=True, micro_batch_tokens=9999), graded)
+    assert outcome("whole") == outcome("parts") and lines("whole")[1]["grad_norm"] > 0
+    repo.main(given("other", steps=1, seed=1), graded)
     assert lines("other") != lines("whole")[:1]
     assert repo.draw_batch(PROBLEMS, 0, CFG) != repo.draw_batch(PROBLEMS, 1, CFG)
     with pytest.raises(SystemExit, match="data or reward"):
-        repo.main(flags(files, "whole", resume=True, steps=5), graded)
+        repo.main(given("whole", resume=True, steps=5))
     monkeypatch.setattr(repo, "load_problems", lambda *_: PROBLEMS)
-    assert "data or reward" in refusal(flags(files, "whole", resume=True))
+    assert "data or reward" in refusal(given("whole", resume=True))
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(files, monkeypatch):
