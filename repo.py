@@ -38,7 +38,7 @@ WHAT WE CHOSE, beside the marks:
 
 WHAT IS NOT LITERALLY TRUE:
   - "On-policy", the paper's word. o_rep is drawn under P(q,k) and trained under q. Its ratio
-    divides by π_old(·|q), which did not write it. And of the texts only those that earn more go in.
+    divides by π_old(·|q), which did not write it. And only texts that earn more go in.
   - "o_rep ~ π_old(·|P(q,k))". By default the draft is greedy, and cleaning may shorten it.
   - "Verified". The reward checks the answer, which k shows. The steps may still be wrong.
 
@@ -169,7 +169,7 @@ class Completion:
 
     problem: dict  # its question, knowledge and answer
     prompt: list  # token ids of q; only of a draft those of P(q,k)
-    tokens: list  # token ids of the answer, trained all; the last is the end token, if there is one
+    tokens: list  # token ids of the answer, all trained; the last is the end token, if there is one
     text: str  # what the tokens say, without the end token
     truncated: bool = False  # max_new_tokens came first: there is no end token
     sampler_logps: list | tuple = ()  # log π of each token, in nats, as the sampler drew it
@@ -559,8 +559,7 @@ def token_logps(model, completions, temperature):
     """
     ids = pad([o.ids for o in completions], "right", model.device)  # [B, L]
     length = ids.shape[1]
-    # The logits before the last token of the shortest prompt predict no completion. They are not
-    # computed.
+    # Logits before the last token of the shortest prompt predict no completion: left uncomputed.
     keep = length - min(len(o.prompt) for o in completions) + 1
     with autocast():
         logits = model(ids, use_cache=False, logits_to_keep=keep).logits  # [B, keep, V]
@@ -1238,7 +1237,7 @@ def main(argv=None, reward_fn=boxed_reward):
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"error: {error}; sampling needs less with a lower --batch-size, --group-size or "
-            "--max-new-tokens, the update with a lower --micro-batch-tokens or --checkpoint-layers"
+            "--max-new-tokens, the update with --checkpoint-layers or a lower --micro-batch-tokens"
         )
     except KeyboardInterrupt:
         sys.exit("stopped; --resume goes on from the last checkpoint, if there is one")

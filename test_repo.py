@@ -1191,8 +1191,9 @@ def test_an_episode_is_all_that_was_said_to_the_first_hard_question(scripted):
 
 
 def test_a_resumed_run_equals_an_unbroken_one_and_another_seed_gives_another(files, monkeypatch):
-    # The gate always opens and the reward has many values: each step moves the weights.
-    given = lambda out, **changes: flags(files, out, gate_threshold=0, **changes)
+    def given(out, **changes):  # the gate always opens: each step moves the weights
+        return flags(files, out, gate_threshold=0, **changes)
+
     Path("whole").mkdir()
     Path("whole/metrics.jsonl").touch()  # a log without a line is no run
     repo.main(given("whole", steps=5, save_every=0), graded)
