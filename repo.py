@@ -64,7 +64,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -109,34 +109,41 @@ Understand them. Then write the full answer from them in your own words: explain
 its calculation and its result. End with: The final answer is \\boxed{...}"""
 
 
+def option(default, meaning):
+    """A field of the settings, with its line in --help."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Config:
     """The settings of the algorithm.
 
-    A comment ends with two sources: that of the mechanism and that of the default value. Where
+    A line ends with two sources: that of the mechanism and that of the default value. Where
     readers do not report the paper's value, the value is ours.
     """
 
-    group_size: int = 8  # G: rollouts of a question [reported, reported]
-    batch_size: int = 16  # questions in a step; 512 is reported [reported, ours]
-    max_new_tokens: int = 512  # the longest completion in tokens [ours, ours]
-    temperature: float = 1.0  # T: the policy is softmax(logits / T) [ours, ours]
-    rephrase_temperature: float = 0.0  # T of the drafts; 0 is greedy [ours, ours]
-    # What is injected: "rephrase"; to compare, "verbatim" (the expert's own text) or "none" (GRPO).
-    guidance: str = "rephrase"  # [paper, paper]
-    fail_threshold: float = 0.5  # δ: a rollout with a lower reward has failed [reported, ours]
-    gate_threshold: float = 1.0  # ρ: the share of failures that opens the gate [reported, ours]
-    clip_epsilon: float = 0.2  # ε: the clip keeps ratios within 1 ± ε [reported, ours]
-    kl_beta: float = 0.0  # β: weight of the KL term; 0 needs no reference [reported, ours]
-    updates_per_batch: int = 1  # optimizer steps on a batch [ours, ours]
-    learning_rate: float = 1e-6  # of AdamW: constant, without weight decay [ours, reported]
-    max_grad_norm: float = 1.0  # a gradient of larger norm is scaled down to it [ours, ours]
-    # Tokens, with padding, in one pass of the update. Up to rounding the gradient is the same.
-    micro_batch_tokens: int = 4096  # [ours, ours]
-    checkpoint_layers: bool = False  # less memory and more time in the update [ours, ours]
-    question_prompt: str = QUESTION_PROMPT  # q, as the user's turn [ours, ours]
-    rephrase_prompt: str = REPHRASE_PROMPT  # P(q,k), as the user's turn [paper, ours]
-    seed: int = 0  # of the sampling and of the batches [ours, ours]
+    group_size: int = option(8, "G: rollouts of a question [reported, reported]")
+    batch_size: int = option(16, "questions in a step; 512 is reported [reported, ours]")
+    max_new_tokens: int = option(512, "the longest completion in tokens [ours, ours]")
+    temperature: float = option(1.0, "T: the policy is softmax(logits / T) [ours, ours]")
+    rephrase_temperature: float = option(0.0, "T of the drafts; 0 is greedy [ours, ours]")
+    guidance: str = option(
+        "rephrase", "what goes in; or verbatim (the expert's text) or none (GRPO) [paper, paper]"
+    )
+    fail_threshold: float = option(0.5, "δ: a lower reward is a failure [reported, ours]")
+    gate_threshold: float = option(1.0, "ρ: share of failures that opens the gate [reported, ours]")
+    clip_epsilon: float = option(0.2, "ε: the clip keeps ratios within 1 ± ε [reported, ours]")
+    kl_beta: float = option(0.0, "β: weight of the KL term; 0 needs no reference [reported, ours]")
+    updates_per_batch: int = option(1, "optimizer steps on a batch [ours, ours]")
+    learning_rate: float = option(1e-6, "of AdamW: constant, without weight decay [ours, reported]")
+    max_grad_norm: float = option(1.0, "a larger gradient is scaled down to it [ours, ours]")
+    micro_batch_tokens: int = option(
+        4096, "tokens with padding in a pass of the update [ours, ours]"
+    )
+    checkpoint_layers: bool = option(False, "less memory and more time in the update [ours, ours]")
+    question_prompt: str = option(QUESTION_PROMPT, "q, as the user's turn [ours, ours]")
+    rephrase_prompt: str = option(REPHRASE_PROMPT, "P(q,k), as the user's turn [paper, ours]")
+    seed: int = option(0, "of the sampling and of the batches [ours, ours]")
 
     def __post_init__(self):
         """Raises: RepoError for a value out of range."""
@@ -159,7 +166,7 @@ class Config:
             "rephrase_prompt": "{knowledge}" in self.rephrase_prompt,
         }
         for name, kept in limits.items():
-            require(kept, f"{name} cannot be {getattr(self, name)!r}; see Config in repo.py")
+            require(kept, f"{name} cannot be {getattr(self, name)!r}; see --help")
         require("{knowledge}" not in self.question_prompt, "question_prompt must not show the hint")
 
 
@@ -175,7 +182,7 @@ class Completion:
     sampler_logps: list | tuple = ()  # log π of each token, in nats, as the sampler drew it
     old_logps: list | tuple = ()  # log π_old(·|q) of each token, in nats, once it is trained
     reward: float = 0.0  # set by `assign_rewards`
-    advantage: float = math.nan  # until `assign_advantages`
+    advantage: float | None = None  # set by `assign_advantages`, if it is in a group
     draft: "Completion | None" = None  # of a rephrase: the text before cleaning
     replaced: "Completion | None" = None  # of an injected text: the rollout that it replaced
 
@@ -199,6 +206,7 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 
     # 1. Rollout.
     groups = rollout(model, tokenizer, problems, cfg.group_size, cfg.temperature, cfg, reward_fn)
+    rollouts = sum(groups, [])  # as sampled: the injection changes `groups`, not this list
 
     # 2. Rephrase, where the gate opens. With --guidance none (GRPO) nothing is written.
     stuck = [g for g in groups if cfg.guidance != "none" and gate_opens(g, cfg)]
@@ -210,11 +218,9 @@ def train_step(model, tokenizer, optimizer, problems, cfg, reward_fn, reference=
 
     # 4. Update under the plain q. The experts' texts are measured before the weights move.
     assign_advantages(groups)
-    # A guide whose group now has equal rewards is not trained, so it does not count as injected.
-    injected = [guide for guide in guides if guide.replaced and guide.advantage != 0]
-    expert_logps = measure_experts(model, tokenizer, injected, cfg)
+    expert_logps = measure_experts(model, tokenizer, guides, cfg)
     metrics = update(model, optimizer, groups, cfg, reference)
-    return metrics | step_metrics(groups, guides, injected, expert_logps, cfg), groups, guides
+    return metrics | step_metrics(rollouts, guides, expert_logps, cfg), groups, guides
 
 
 def mean(values):
@@ -403,11 +409,11 @@ def rephrase(model, tokenizer, groups, cfg):
     return rephrases
 
 
-def expert_completions(model, tokenizer, rollouts):
-    """The experts' own texts, each in the place of a rollout, closed by an end token."""
+def expert_completions(model, tokenizer, completions):
+    """The experts' own texts, each in the place of a completion, closed by an end token."""
     end = end_tokens(model, tokenizer)[0]
     experts = []
-    for o in rollouts:
+    for o in completions:
         text = o.problem["knowledge"]
         tokens = encode_answer(tokenizer, text, o.tokens[0]) + [end]
         experts.append(Completion(o.problem, o.prompt, tokens, text))
@@ -645,10 +651,15 @@ def checkpoint_layers(model):
 # -------------------------------------------------------------------------------- what is measured
 
 
+def trained_guides(guides):
+    """Those that are trained. One that stayed out has no advantage; with 0 there is no gradient."""
+    return [guide for guide in guides if guide.advantage]
+
+
 @torch.no_grad()
-def measure_experts(model, tokenizer, injected, cfg):
+def measure_experts(model, tokenizer, guides, cfg):
     """log π(·|q) of the tokens of the experts' texts for the injected questions, a flat list."""
-    experts = expert_completions(model, tokenizer, [guide.replaced for guide in injected])
+    experts = expert_completions(model, tokenizer, trained_guides(guides))
     return [
         logp
         for batch in micro_batches(experts, cfg.micro_batch_tokens)
@@ -657,12 +668,7 @@ def measure_experts(model, tokenizer, injected, cfg):
     ]
 
 
-def as_sampled(group):
-    """The rollouts of a group as they were before the injection."""
-    return [o.replaced or o for o in group]
-
-
-def step_metrics(groups, guides, injected, expert_logps, cfg):
+def step_metrics(rollouts, guides, expert_logps, cfg):
     """What a step shows, under TRL's names where it has one. None: there was nothing to measure.
 
     Reward, entropy and `completions/` are of the rollouts, before injection. The four `logp/` are
@@ -677,9 +683,10 @@ def step_metrics(groups, guides, injected, expert_logps, cfg):
     logp/rephrase is how much the text relies on the hint, if both are at one temperature: greedy
     drafts are measured at T = 1, the others at their own.
     """
-    rollouts = as_sampled(sum(groups, []))
+    injected = trained_guides(guides)
     rephrases = [o for o in guides if o.draft]
     injected_rephrases = [o for o in injected if o.draft]
+    replaced = [o.replaced for o in injected if o.replaced]
     return {
         "reward": mean(o.reward for o in rollouts),
         "entropy": -mean(logp for o in rollouts for logp in o.sampler_logps),  # estimate at T, nats
@@ -690,7 +697,7 @@ def step_metrics(groups, guides, injected, expert_logps, cfg):
             o.text != "" and o.reward >= cfg.fail_threshold for o in rephrases
         ),
         "rephrase/clipped_ratio": mean(o.draft.truncated for o in rephrases),
-        "logp/rollout": mean(logp for o in injected for logp in o.replaced.sampler_logps),
+        "logp/rollout": mean(logp for o in replaced for logp in o.sampler_logps),
         "logp/draft": mean(logp for o in injected_rephrases for logp in o.draft.sampler_logps),
         "logp/rephrase": mean(logp for o in injected_rephrases for logp in o.old_logps),
         "logp/expert": mean(expert_logps),
@@ -701,12 +708,13 @@ def episode(groups, guides):
     """All that was written on the first question whose gate opened, for a person to read."""
     guide = guides[0]
     [group] = [group for group in groups if group[0].problem is guide.problem]
+    rollouts = [o.replaced or o for o in group]
     return guide.problem | {
-        "rollouts": [{"reward": o.reward, "text": o.text} for o in as_sampled(group)],
+        "rollouts": [dict(reward=o.reward, text=o.text) for o in rollouts],
         "draft": guide.draft and guide.draft.text,
         "guide": guide.text,
         "reward": guide.reward,
-        "injected": guide.replaced is not None,
+        "injected": bool(guide.advantage),
     }
 
 
@@ -947,19 +955,19 @@ def boxed_reward(completion, answer):
 class Run:
     """Model, data and output."""
 
-    model: str  # hub name or folder of a causal language model
-    dataset: str  # hub name, or a .json, .jsonl or .parquet file
-    out: str  # folder for metrics, episodes, checkpoint and model
-    subset: str | None = None  # configuration of the dataset, if it has several
-    split: str = "train"  # split to train on, also a slice: train[:1000]
-    eval_split: str | None = None  # split for the accuracy before and after training
-    question_column: str = "question"
-    knowledge_column: str = "answer"  # the expert's solution
-    answer_column: str = "answer"  # bare, boxed or after ####
-    steps: int = 100
-    save_every: int = 50  # steps between checkpoints; 0: only at the end
-    resume: bool = False  # go on from the checkpoint in --out
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    model: str = option(MISSING, "hub name or folder of a causal language model")
+    dataset: str = option(MISSING, "hub name, or a .json, .jsonl or .parquet file")
+    out: str = option(MISSING, "folder for metrics, episodes, checkpoint and model")
+    subset: str | None = option(None, "configuration of the dataset, if it has several")
+    split: str = option("train", "split to train on, also a slice: train[:1000]")
+    eval_split: str | None = option(None, "split for the accuracy before and after training")
+    question_column: str = option("question", "the question")
+    knowledge_column: str = option("answer", "the expert's solution")
+    answer_column: str = option("answer", "bare, boxed or after ####")
+    steps: int = option(100, "steps of training, those done before included")
+    save_every: int = option(50, "steps between checkpoints; 0: only at the end")
+    resume: bool = option(False, "go on from the checkpoint in --out")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where it runs")
 
 
 def in_box(text):
@@ -1004,8 +1012,8 @@ def load_problems(run, split, guided=True):
     require(
         reader or not Path(run.dataset).exists(),
         f"{run.dataset!r} must be a .json, .jsonl or .parquet file. A CSV file has no types. This "
-        'converts it: python -c "import csv, datasets; datasets.Dataset.from_list(list('
-        "csv.DictReader(open('x.csv')))).to_parquet('x.parquet')\"",
+        'converts it: python -c "import csv, datasets; datasets.Dataset.from_list(list(csv.'
+        "DictReader(open('x.csv', encoding='utf-8-sig'), delimiter=','))).to_parquet('x.parquet')\"",
     )
     options = {}
     if reader:  # read anew each time, because the library's copy may be older than the file
@@ -1024,8 +1032,8 @@ def load_problems(run, split, guided=True):
         require(kind, f"{run.dataset!r} has no column {column!r}, only {list(data.features)}")
         require(
             column in present and kind in READABLE,
-            f"column {column!r} of {run.dataset!r} is {kind}; write text or integers. Json means "
-            "that keys or types differ between records: give each the same, or write parquet",
+            f'column {column!r} of {run.dataset!r} is {kind}; write text ("19.8", not 19.8) or '
+            "integers, with the same keys and types in each record, or parquet",
         )
     problems = []
     for record in records:
@@ -1144,6 +1152,7 @@ def train(run, cfg, reward_fn):
     print(f"the reward takes {taken} of {len(experts)} experts' texts")
     for o in failed[:1]:
         print(f"it does not take, for {o.problem['answer']!r}, the text that ends {o.text[-80:]!r}")
+        print("the default reward reads the last \\boxed{} only")
     require(taken or cfg.guidance != "verbatim", "the reward takes no expert's text to be injected")
 
     settings = vars(run) | vars(cfg)
@@ -1170,6 +1179,8 @@ def train(run, cfg, reward_fn):
     require(problems, "no problem fits; lower --max-new-tokens")
     prompt = encode_prompt(tokenizer, fill(cfg.question_prompt, problems[0]))
     print(f"training on {run.device}; the first prompt:\n{tokenizer.decode(prompt)}")
+    if held_out:
+        print(f"answering {len(held_out)} held-out problems, as again after training")
     before = accuracy(model, tokenizer, held_out, cfg, reward_fn)
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.learning_rate, weight_decay=0.0, fused=True

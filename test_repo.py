@@ -307,9 +307,9 @@ def test_settings_with_which_nothing_is_learnt_are_refused(name, value):
 
 
 def test_every_setting_says_whose_it_is():
-    source, whose = Path(repo.__file__).read_text(), "(paper|reported|ours)"
+    whose = "(paper|reported|ours)"
     for field in fields(Config):
-        assert re.search(rf"\n    {field.name}: .*\[{whose}, {whose}\]", source)
+        assert re.search(rf"\[{whose}, {whose}\]$", field.metadata["help"])
 
 
 # ------------------------------------------------------------------------------- text and tokens
@@ -1028,8 +1028,8 @@ d.jsonl | ["4", "\\boxed{5}", "#### 6"] | 4 5 6
 d.jsonl | ["2024-01-05", "2024-01-06"] | timestamp.*write text
 d.jsonl | [0.5, 1] | float64 ‖ d.parquet | [42.0, null] | float64 ‖ d.json | [true, false] | bool
 d.parquet | [["4"], ["5"]] | List
-d.jsonl | ["007", 3, "[1, 2]"] | Json.*keys or types differ
-d.jsonl | [3, "007"] | Json.*keys or types differ
+d.jsonl | ["007", 3, "[1, 2]"] | Json.*keys and types
+d.jsonl | [3, "007"] | Json.*keys and types
 d.jsonl | [{"n": 1}, {"m": 1}] | no column|Json
 d.jsonl | [[{"role": "user", "content": [{"text": "4"}]}]] | List
 d.jsonl | [[{"from": "human", "value": "4"}]] | from
@@ -1051,7 +1051,7 @@ def test_a_class_label_is_refused_and_not_read_as_its_index():
 
 def test_a_column_that_the_library_has_made_opaque_says_why():
     """As in verl's files: the records' dicts differ in their keys."""
-    with refused("'a.n'.*Json.*the same.*parquet"):
+    with refused("'a.n'.*Json.*the same keys.*parquet"):
         answers("d.jsonl", [dict(n="4"), dict(m="4")], a="a.n")
 
 
@@ -1356,7 +1356,7 @@ def test_weights_are_fp32_and_move_at_a_learning_rate_of_a_millionth():
 def test_the_headline_of_the_miniature(world):
     """On a shortened run: RePO learns the book that GRPO never does, and the injections fade."""
     grpo = run_tiny.run(world, "grpo", 0, 10, DEVICE)
-    rephrasing = run_tiny.run(world, "repo", 0, 60, DEVICE)
+    rephrasing = run_tiny.run(world, "repo", 0, 80, DEVICE)
     assert grpo[0]["hard"] <= 0.02 and grpo[0]["general"] > 0.9
     assert grpo[-1]["hard"] <= 0.02 and sum(run_tiny.measured(grpo, "injections")) == 0
     assert rephrasing[-1]["hard"] > 0.5 and rephrasing[-1]["general"] > 0.8
@@ -1386,8 +1386,9 @@ def test_what_star_no_push_and_the_true_ratio_change(scripted):
     scripted("\\boxed{2}", "\\boxed{4}<|im_end|>")  # a solved question, an injection, a wrong one
     model, tokenizer = tiny_model(), byte_tokenizer()
     made = run_tiny.first_three_steps(model, tokenizer, PROBLEMS[:3], CFG, boxed_reward)
-    _, (solved, injected, failed), (guide, _) = made
-    made = model, tokenizer, *made, CFG
+    rollouts, _, (solved, injected, failed), (guide, _) = made
+    assert guide not in rollouts and guide in injected  # what was sampled is kept apart
+    made = model, tokenizer, *made[1:], CFG
     solved[0].advantage = failed[0].advantage = -1.0
     run_tiny.no_push(*made)
     advantages = [o.advantage for o in solved[:2] + injected + failed[:2]]
@@ -1399,6 +1400,19 @@ def test_what_star_no_push_and_the_true_ratio_change(scripted):
     run_tiny.true_ratio(*made)
     hinted = encode_prompt(tokenizer, repo.fill(CFG.rephrase_prompt, PROBLEMS[1]))
     assert_close(guide.old_logps, token_logps(model, [replace(guide, prompt=hinted)], 1.0))
+
+
+def test_an_injection_that_adds_to_the_group_is_counted_and_one_without_text_refused(scripted):
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    made = model, tokenizer, optimizer, PROBLEMS[1:3], CFG, boxed_reward, list.append  # G + 1
+    scripted()
+    metrics, groups, _ = run_tiny.step_with(*made)
+    assert [len(group) for group in groups] == [5, 5]
+    assert (metrics["injections"], metrics["reward"]) == (2, 0)
+    scripted(rephrase="cut off")
+    with pytest.raises(RepoError, match="without tokens"):
+        run_tiny.step_with(*made)
 
 
 def test_what_is_measured_is_never_trained_on():
