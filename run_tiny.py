@@ -60,7 +60,7 @@ NAMES = """Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliet Kilo L
 Oscar Papa Quebec Romeo Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu""".split()
 SPELL = dict(zip(LETTERS, NAMES))
 TEMPLATE = "{% for m in messages %}{{ m.content + {'user': '='}.get(m.role, '<eos>') }}{% endfor %}"
-CODEBOOKS = dict(batch_size=16, group_size=4, max_new_tokens=20, rephrase_temperature=1.0)
+CODEBOOKS = dict(batch_size=16, group_size=4, max_new_tokens=20)
 CODEBOOKS |= dict(question_prompt="{question}", rephrase_prompt="{question}?{knowledge}")
 
 
@@ -78,7 +78,7 @@ def own_style(question, answer):
     return "".join(map("{}{};".format, question[1:], answer)) + f"\\boxed{{{answer}}}"
 
 
-def base_policy(books, seed, device, steps=200):
+def base_policy(books, seed, device, steps=250):
     """A Llama of 0.3 million weights that solves books 1 and 2 and rephrases, and its tokenizer."""
     tokens = ["<pad>", "<eos>", *"123;=?}", "\\boxed{", *LETTERS, *(name + " " for name in NAMES)]
     ids = {token: i for i, token in enumerate(tokens)}
@@ -94,7 +94,7 @@ def base_policy(books, seed, device, steps=200):
     model = LlamaForCausalLM(LlamaConfig(**shape)).to(device)
     draw, weights = random.Random(seed), list(model.parameters())
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in tqdm(range(steps), desc="warm-up of the base policy", leave=False):
         solved, rephrased = [], []
         for _ in range(16):
@@ -305,13 +305,13 @@ Method = namedtuple("Method", "rate settings step", defaults=[repo.train_step])
 EVERY_GROUP = {"guidance": "verbatim", "gate_threshold": 0}
 METHODS = {
     "sft": Method(3e-5, {}, sft_step),
-    "star": Method(6e-4, {}, partial(step_with, change=star)),
+    "star": Method(4e-4, {}, partial(step_with, change=star)),
     "grpo": Method(1e-4, {"guidance": "none"}),
     "verbatim": Method(3e-5, {"guidance": "verbatim"}),
     "luffy": Method(1e-4, EVERY_GROUP, partial(step_with, inject=any_slot, change=luffy)),
-    "repo": Method(6e-4, {}),
+    "repo": Method(4e-4, {}),
     "repo, true ratio": Method(1e-4, {}, partial(step_with, change=true_ratio)),
-    "repo, no push": Method(6e-4, {}, partial(step_with, change=no_push)),
+    "repo, no push": Method(4e-4, {}, partial(step_with, change=no_push)),
 }
 
 
@@ -347,8 +347,8 @@ def run(world, name, seed, steps, device):
     for step in tqdm(range(steps), leave=False):
         problems = repo.draw_batch(world.problems, step, cfg)
         torch.manual_seed(1_000_000 * seed + step)
-        # The rate goes up, stays level and from half way on goes down.
-        pace = min(1.0, (step + 1) / 10, 2 * (1 - step / steps))
+        # The rate goes up in ten steps, stays level, and in the last third goes down.
+        pace = min(1.0, (step + 1) / 10, 3 * (1 - step / steps))
         optimizer.param_groups[0]["lr"] = pace * rate
         metrics, *_ = method.step(model, tokenizer, optimizer, problems, cfg, world.reward_fn)
         if (step + 1) % max(1, steps // 10) == 0:
