@@ -304,10 +304,10 @@ def sft_step(model, tokenizer, optimizer, problems, cfg, reward_fn):
 Method = namedtuple("Method", "rate settings step", defaults=[repo.train_step])
 EVERY_GROUP = {"guidance": "verbatim", "gate_threshold": 0}
 METHODS = {
-    "sft": Method(3e-5, {}, sft_step),
+    "sft": Method(1e-4, {}, sft_step),
     "star": Method(4e-4, {}, partial(step_with, change=star)),
     "grpo": Method(1e-4, {"guidance": "none"}),
-    "verbatim": Method(3e-5, {"guidance": "verbatim"}),
+    "verbatim": Method(1e-4, {"guidance": "verbatim"}),
     "luffy": Method(1e-4, EVERY_GROUP, partial(step_with, inject=any_slot, change=luffy)),
     "repo": Method(4e-4, {}),
     "repo, true ratio": Method(1e-4, {}, partial(step_with, change=true_ratio)),
@@ -373,7 +373,7 @@ def measured(records, key):
 
 COLUMNS = {  # heading: its number for a run, from the history of the run
     "hard": lambda h: h[-1]["hard"],
-    "general, worst on the way": lambda h: min(measured(h, "general")),
+    "general, worst on the way": lambda h: min(measured(h[1:], "general")),
     "general, after": lambda h: h[-1]["general"],
     "steps to 0.9 hard": lambda h: next((m["step"] for m in h if m.get("hard", 0) >= 0.9), None),
     "injections, first ten steps": lambda h: repo.mean(measured(h[:11], "injections")),
