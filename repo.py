@@ -118,7 +118,7 @@ def option(default, meaning):
 class Config:
     """The settings of the algorithm.
 
-    A line ends with two sources: that of the mechanism and that of the default value. Where
+    Each line ends with two sources: that of the mechanism and that of the default value. Where
     readers do not report the paper's value, the value is ours.
     """
 
@@ -128,7 +128,7 @@ class Config:
     temperature: float = option(1.0, "T: the policy is softmax(logits / T) [ours, ours]")
     rephrase_temperature: float = option(0.0, "T of the drafts; 0 is greedy [ours, ours]")
     guidance: str = option(
-        "rephrase", "what goes in; or verbatim (the expert's text) or none (GRPO) [paper, paper]"
+        "rephrase", "what goes in: rephrase, verbatim (expert's text), none (GRPO) [paper, paper]"
     )
     fail_threshold: float = option(0.5, "δ: a lower reward is a failure [reported, ours]")
     gate_threshold: float = option(1.0, "ρ: share of failures that opens the gate [reported, ours]")
@@ -137,9 +137,7 @@ class Config:
     updates_per_batch: int = option(1, "optimizer steps on a batch [ours, ours]")
     learning_rate: float = option(1e-6, "of AdamW: constant, without weight decay [ours, reported]")
     max_grad_norm: float = option(1.0, "a larger gradient is scaled down to it [ours, ours]")
-    micro_batch_tokens: int = option(
-        4096, "tokens with padding in a pass of the update [ours, ours]"
-    )
+    micro_batch_tokens: int = option(4096, "padded tokens in a pass of the update [ours, ours]")
     checkpoint_layers: bool = option(False, "less memory and more time in the update [ours, ours]")
     question_prompt: str = option(QUESTION_PROMPT, "q, as the user's turn [ours, ours]")
     rephrase_prompt: str = option(REPHRASE_PROMPT, "P(q,k), as the user's turn [paper, ours]")
@@ -652,7 +650,7 @@ def checkpoint_layers(model):
 
 
 def trained_guides(guides):
-    """Those that are trained. One that stayed out has no advantage; with 0 there is no gradient."""
+    """Those that are trained. One that stayed out has no advantage, and one of 0 no gradient."""
     return [guide for guide in guides if guide.advantage]
 
 
@@ -708,7 +706,7 @@ def episode(groups, guides):
     """All that was written on the first question whose gate opened, for a person to read."""
     guide = guides[0]
     [group] = [group for group in groups if group[0].problem is guide.problem]
-    rollouts = [o.replaced or o for o in group]
+    rollouts = [o.replaced or o for o in group]  # as they were before the injection
     return guide.problem | {
         "rollouts": [dict(reward=o.reward, text=o.text) for o in rollouts],
         "draft": guide.draft and guide.draft.text,
@@ -1012,8 +1010,9 @@ def load_problems(run, split, guided=True):
     require(
         reader or not Path(run.dataset).exists(),
         f"{run.dataset!r} must be a .json, .jsonl or .parquet file. A CSV file has no types. This "
-        'converts it: python -c "import csv, datasets; datasets.Dataset.from_list(list(csv.'
-        "DictReader(open('x.csv', encoding='utf-8-sig'), delimiter=','))).to_parquet('x.parquet')\"",
+        'converts it: python -c "import csv, datasets; datasets.Dataset.from_list(list('
+        "csv.DictReader(open('x.csv', encoding='utf-8-sig'), delimiter=','))"
+        ").to_parquet('x.parquet')\"",
     )
     options = {}
     if reader:  # read anew each time, because the library's copy may be older than the file
